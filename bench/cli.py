@@ -1,0 +1,193 @@
+"""The command line. Parsing needs the standard library only; each command imports what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from pathlib import Path
+
+from bench.errors import UserError
+
+OVERRIDES = "key=value settings over the config, such as model.size=S/2 budget.train_gflops=2e4"
+
+
+def main() -> None:
+    """Run one command; a bad input is one sentence on stderr and exit code 2, Ctrl-C is exit code 130."""
+    # Overrides may stand anywhere; argparse would refuse positional arguments behind an option.
+    overrides = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+    args = _parser().parse_args([word for word in sys.argv[1:] if word not in overrides])
+    args.overrides = overrides
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"isodiff {args.command}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. The same command goes on where it was: {' '.join(['python -m bench', *sys.argv[1:]])}")
+        sys.exit(130)
+
+
+def compare(args: argparse.Namespace) -> None:
+    from bench.compare import compare, describe
+    from bench.config import load_comparison
+
+    comparison = load_comparison(args.name, args.overrides)
+    if args.dry_run:
+        print(describe(comparison))
+    else:
+        compare(comparison)
+
+
+def train(args: argparse.Namespace) -> None:
+    from bench.config import load_run
+    from bench.train import describe, train
+
+    config = load_run(args.name, args.overrides)
+    if args.dry_run:
+        print(describe(config))
+    else:
+        train(config)
+
+
+def sample(args: argparse.Namespace) -> None:
+    from bench.evaluate import load_trained, sample
+
+    sample(load_trained(args.run_directory, args.overrides), step=args.step)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from bench.evaluate import evaluate_runs, load_trained
+
+    evaluate_runs([load_trained(path, args.overrides) for path in args.run_directories], step=args.step)
+
+
+def table(args: argparse.Namespace) -> None:
+    from bench.tables import print_comparison
+
+    print_comparison(args.comparison, args.format, Path(args.runs))
+
+
+def flops(args: argparse.Namespace) -> None:
+    from bench.flops import print_table, write_figure
+
+    if args.figure:
+        write_figure(Path(args.figure))
+    else:
+        print_table(args.models, resolutions=args.resolution, overrides=args.overrides)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="IsoDiff compares diffusion backbones at equal compute: trains, samples, scores, prints tables.",
+        epilog="`python -m bench COMMAND --help` shows the options of a command with examples.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(run, help: str, examples: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            run.__name__,
+            help=help,
+            description=help,
+            epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  "),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command(
+        compare,
+        "Train several architectures to one budget, score them by one protocol, write table, figure and report.",
+        """
+        python -m bench compare digits                                the embedded comparison: 10 minutes on 2 cores
+        python -m bench compare digits --dry-run                      what it would do, and how long it would take
+        python -m bench compare digits budget.train_gflops=2e4        another budget for every row
+        python -m bench compare digits models.dit.size=S/2            another size for one row
+        """,
+    )
+    sub.add_argument("name", help="a file of configs/compare/, or a path to a YAML file")
+    _overrides(sub)
+    _dry_run(sub)
+
+    sub = command(
+        train,
+        "Train one architecture. The same command resumes an interrupted run and does nothing for a finished one.",
+        """
+        python -m bench train digits                                  the run of configs/run/digits.yaml
+        python -m bench train digits use.model=uvit model.size=T/2    another architecture
+        python -m bench train digits use.recipe=paper budget.steps=1000 --dry-run
+        python -m bench train digits trainer.devices=2                two processes
+        """,
+    )
+    sub.add_argument("name", help="a file of configs/run/, or a path such as runs/<run_id>/config.yaml")
+    _overrides(sub)
+    _dry_run(sub)
+
+    sub = command(
+        sample,
+        "Draw the samples of a run's protocol with its EMA weights: samples.npz (uint8 NHWC, arr_0) and a grid PNG.",
+        """
+        python -m bench sample runs/dit-t-2-digits-1a2b3c4d
+        python -m bench sample runs/dit-t-2-digits-1a2b3c4d eval.num_samples=100 eval.cfg_scale=2
+        """,
+    )
+    sub.add_argument("run_directory", help="runs/<run_id>")
+    _overrides(sub)
+    _step(sub)
+
+    sub = command(
+        evaluate,
+        "Score runs (sampling what is missing) and print one table; scores already stored are not computed again.",
+        """
+        python -m bench evaluate runs/dit-t-2-digits-1a2b3c4d
+        python -m bench evaluate runs/dit-* runs/uvit-* eval.num_samples=1000
+        python -m bench evaluate runs/dit-t-2-digits-1a2b3c4d --step 500
+        """,
+    )
+    sub.add_argument("run_directories", nargs="+", metavar="run_directory", help="runs/<run_id>, one or several")
+    _overrides(sub)
+    _step(sub)
+
+    sub = command(
+        table,
+        "Print the table of a comparison from the stored results.",
+        """
+        python -m bench table digits
+        python -m bench table digits --format latex > table.tex
+        """,
+    )
+    sub.add_argument("comparison", help="name of the comparison, as in results.jsonl")
+    sub.add_argument("--format", choices=("terminal", "md", "csv", "latex"), default="terminal")
+    sub.add_argument("--runs", default="runs", help="directory with results.jsonl (default: runs)")
+
+    sub = command(
+        flops,
+        "Count parameters and Gflops (1e9 multiply-adds, one forward) beside the published values.",
+        """
+        python -m bench flops                                         every published size
+        python -m bench flops dit/XL/2 uvit/H/2 diffussm/XL           some of them
+        python -m bench flops dit --resolution 256 512                every DiT size at two resolutions
+        python -m bench flops diffussm/XL model.M=4                   with settings of the model
+        python -m bench flops --figure gflops.png                     Gflops against resolution (DiffuSSM, Figure 3)
+        """,
+    )
+    sub.add_argument("models", nargs="*", metavar="MODEL[/SIZE]", help="architecture, or architecture/size")
+    _overrides(sub)
+    sub.add_argument(
+        "--resolution", type=int, nargs="+", help="image side in pixels, behind an autoencoder of factor 8"
+    )
+    sub.add_argument("--figure", metavar="PNG", help="draw Gflops against resolution instead of printing a table")
+    return parser
+
+
+def _overrides(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+
+
+def _dry_run(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--dry-run", action="store_true", help="print resolved config, budget, steps and estimated time")
+
+
+def _step(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--step", type=int, help="checkpoint after this many steps (default: the last one)")

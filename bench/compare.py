@@ -1,0 +1,139 @@
+"""The main job: several architectures, one budget, one recipe, one protocol -> runs, scores, table, figure, report.
+
+Every stage skips what is already there, so an interrupted comparison goes on where it was and a finished one does
+nothing but print its table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+
+from bench import budget as budgets
+from bench import metrics, report, tables
+from bench.config import Comparison, sources
+from bench.console import is_main_process, say
+from bench.evaluate import evaluate
+from bench.figures import score_against_compute
+from bench.files import atomic_write
+from bench.prepare import prepare_data, prepare_scorer
+from bench.samples import Sampling
+from bench.store import Result
+from bench.tracking import Tracker
+from bench.train import Plan, budget_line, device_name, estimate_seconds, plan, train
+
+
+def compare(comparison: Comparison) -> Path:
+    """Run a comparison to its end -> the path of report.html.
+
+    Raises: UserError, before anything is trained, if the rows differ by more than 2 % in training Gflops.
+    """
+    plans = equal_plans(comparison)
+    runs, directory = comparison.runs, comparison.directory
+    data = prepare_data(runs[0])
+    scorer = prepare_scorer(runs[0], data)
+    tracker = Tracker(runs[0].tracking.mode, runs[0].tracking.project, directory)
+    results: list[Result] = []
+    for config, run in zip(runs, plans, strict=True):
+        train(config, data, tracker, group=comparison.name)
+        steps = [0] if config.eval.untrained else []
+        for step in [*steps, *run.checkpoint_steps]:
+            result = evaluate(config, step, comparison=comparison.name, data=data, scorer=scorer)
+            results.append(result)
+            say(f"  step {step:>6}: {_scores(result)}")
+    path = directory / "report.html"
+    if is_main_process():
+        write_outputs(comparison, results, directory, tracker)
+        say()
+        say(tables.terminal(tables.build(results)))
+        say(f"\nreport: {path}")
+    return path
+
+
+def equal_plans(comparison: Comparison) -> list[Plan]:
+    """The plan of each row. Raises: UserError if the quantity they should share differs by more than 2 %."""
+    plans = [plan(config) for config in comparison.runs]
+    rows = [f"{config.use.model} {config.model.size}" for config in comparison.runs]
+    spent = [getattr(run.budget, comparison.equal) for run in plans]
+    budgets.require_equal(comparison.equal, dict(zip(rows, spent, strict=True)))
+    return plans
+
+
+def write_outputs(comparison: Comparison, results: list[Result], directory: Path, tracker: Tracker) -> None:
+    """Table (Markdown, CSV, LaTeX), figures, report and W&B mirror of a finished comparison."""
+    table = tables.build(results)
+    for suffix, fmt in (("md", "md"), ("csv", "csv"), ("tex", "latex")):
+        with atomic_write(directory / f"table.{suffix}") as file:
+            file.write(tables.render(table, fmt))
+    extractor = results[0].protocol["extractor"]
+    column = metrics.column(comparison.runs[0].eval.metrics[0], extractor)
+    figure = directory / "score-against-compute.png"
+    score_against_compute(results, column, figure)
+    finals = [
+        result for result in results if result.steps == max(r.steps for r in results if r.run_id == result.run_id)
+    ]
+    runs_root = Path(comparison.runs[0].paths.runs)
+    grids = {f"{r.title} {r.size}": (runs_root / r.samples).with_name("grid.png") for r in finals}
+    configs = {config.run_id: config.to_yaml() for config in comparison.runs}
+    report.write_report(
+        directory / "report.html",
+        title=f"{comparison.name}: {', '.join(grids)} at equal compute",
+        results=results,
+        table=table,
+        figures={f"{column} against training Gflops, one curve an architecture": figure},
+        grids=grids,
+        configs=configs,
+        notes=NOTES,
+    )
+    with tracker.run(
+        directory.name, group=comparison.name, config={"runs": sorted(configs)}, job_type="compare"
+    ) as mirror:
+        mirror.log_table("results", pd.json_normalize([asdict(result) for result in results], sep="."))
+        mirror.log_image("score against compute", figure)
+        for title, grid in grids.items():
+            mirror.log_image(f"samples/{title}", grid)
+
+
+NOTES = [
+    "Scores with another extractor, reference, sample count or sampler are not comparable with these.",
+    "Scores whose column names an extractor are not FID: only the Inception network of 2015-12-05 gives FID.",
+    "Gflops count a multiply-add once. Training is three forwards an image; papers that total images x forward print "
+    "a third.",
+    "Intervals cover the drawing of the generated samples, not the training seed and not the reference.",
+]
+
+
+def describe(comparison: Comparison) -> str:
+    """The text of `compare --dry-run`: resolved configs, budgets, spread, estimated time."""
+    plans = equal_plans(comparison)
+    lines, total = [], 0.0
+    for config, run in zip(comparison.runs, plans, strict=True):
+        training = estimate_seconds(config, run)
+        # A training image costs three forwards; a sample costs steps forwards, twice that if guided.
+        sampling = Sampling.of(config)
+        forwards = sampling.num_samples * sampling.sampler.steps * (2 if sampling.cfg_scale != 1 else 1)
+        scored = len(run.checkpoint_steps) + config.eval.untrained
+        sampling_s = training / (3 * run.budget.images) * forwards * scored
+        total += training + sampling_s
+        lines += [
+            f"# {config.run_id}",
+            f"# values from: {sources(config)}",
+            config.to_yaml(),
+            budget_line(config, run),
+            f"scored after steps {', '.join(map(str, run.checkpoint_steps))}",
+            f"estimated on this machine: training {training / 60:.1f} min, sampling {sampling_s / 60:.1f} min\n",
+        ]
+    spread = budgets.spread([getattr(run.budget, comparison.equal) for run in plans])
+    return "\n".join(
+        [
+            *lines,
+            f"{comparison.equal} differ by {100 * spread:.2f} % (at most {100 * budgets.TOLERANCE:.0f} % is compared)",
+            f"estimated total on {device_name()}: {total / 60:.0f} min, and preparation the first time",
+        ]
+    )
+
+
+def _scores(result: Result) -> str:
+    return ", ".join(f"{name} {value:.4g} ± {result.ci95[name]:.2g}" for name, value in result.scores.items())

@@ -1,0 +1,331 @@
+"""Configuration: dataclass defaults, then YAML files, then `key=value` overrides. That order is all there is to know.
+
+`use: {model: dit, recipe: shared, ...}` names what each group starts from (configs/<group>/<name>.yaml); the run file
+comes next, the command line last. The result is plain frozen dataclasses; each component receives its own and never the
+whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bench import registry
+from bench.budget import BudgetConfig
+from bench.errors import UserError
+from models.recipe import Recipe, SamplerConfig, require, require_positive
+
+PAPER = "paper"  # use.recipe: paper = the recipe the architecture's paper published; it has no YAML file
+
+
+@dataclass(frozen=True)
+class UseConfig:
+    """Which file of each group a run starts from."""
+
+    model: str = "dit"  # models/<name>.py
+    data: str = "digits"  # datamodules/<name>.py
+    recipe: str = "shared"  # shared: one recipe for all architectures; paper: each as published
+    eval: str = "digits"
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The protocol of a score: everything that changes the number and is not the trained weights."""
+
+    name: str = "fid50k"
+    version: int = 1  # raised when the meaning of a protocol changes
+    num_samples: int = 50_000
+    batch_size: int = 64  # samples per forward; blocks of this size are what processes share out
+    seed: int = 0  # sample i depends on (seed, i) alone
+    labels: str = "iid"  # iid: uniform and independent, as DiT and ADM draw them | balanced: i mod num_classes
+    cfg_scale: float = 1.0  # eps_u + cfg_scale (eps_c - eps_u); 1 = unguided (U-ViT prints cfg_scale - 1)
+    cfg_channels: str | None = None  # 3 | all; None: the recipe's
+    sampler: SamplerConfig | None = None  # None: the recipe's
+    extractor: str = "inception"
+    extractor_weights: str | None = None  # file of the Inception weights
+    metrics: list[str] = field(default_factory=lambda: ["fid", "sfid", "inception_score", "precision", "recall"])
+    checkpoints: int = 1  # checkpoints scored along training, each at half the compute of the next
+    untrained: bool = False  # also score the weights before the first step
+
+    def __post_init__(self) -> None:
+        require(self.labels, ("iid", "balanced"), "eval.labels")
+        require(self.cfg_channels, (None, "3", "all"), "eval.cfg_channels")
+        for key in ("num_samples", "batch_size", "checkpoints"):
+            require_positive(getattr(self, key), f"eval.{key}")
+        if self.cfg_scale < 0:
+            raise ValueError(f"eval.cfg_scale is {self.cfg_scale}; it must be at least 0, and 1 is unguided.")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The machine side of a run: changes speed, never what is computed (beyond rounding)."""
+
+    accelerator: str = "auto"  # auto | cpu | gpu; auto takes a GPU where there is one
+    devices: int = 1  # processes per node
+    num_nodes: int = 1
+    precision: str = "32-true"  # Lightning's names: 32-true | bf16-mixed
+    accumulate: int = 1  # micro-batches per optimizer step; batch_size stays global
+    checkpoint_minutes: float = 1.0  # what a crash loses at most
+    log_every: int = 20  # optimizer steps between lines of metrics.jsonl
+
+    def __post_init__(self) -> None:
+        require(self.accelerator, ("auto", "cpu", "gpu"), "trainer.accelerator")
+        require(self.precision, ("32-true", "bf16-mixed"), "trainer.precision")
+        for key in ("devices", "num_nodes", "accumulate", "checkpoint_minutes", "log_every"):
+            require_positive(getattr(self, key), f"trainer.{key}")
+
+
+@dataclass(frozen=True)
+class PathsConfig:
+    runs: str = "runs"  # run directories, comparisons and results.jsonl
+    cache: str = "cache"  # autoencoder, latents, reference features: made once, shared by all runs
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    mode: str = "offline"  # off | offline | online (Weights & Biases; without a key, online becomes offline)
+    project: str = "isodiff"
+
+    def __post_init__(self) -> None:
+        require(self.mode, ("off", "offline", "online"), "tracking.mode")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run and how it is scored."""
+
+    use: UseConfig
+    seed: int
+    model: Any  # the architecture's own dataclass, models/<use.model>.py
+    data: Any  # datamodules.base.DataConfig
+    recipe: Recipe
+    budget: BudgetConfig
+    eval: EvalConfig
+    trainer: TrainerConfig
+    paths: PathsConfig
+    tracking: TrackingConfig
+
+    @property
+    def run_id(self) -> str:
+        """Readable name and a hash of everything that changes the trained weights."""
+        trained = {
+            key: value for key, value in asdict(self).items() if key in ("model", "data", "recipe", "budget", "seed")
+        }
+        trained |= {"architecture": self.use.model, "precision": self.trainer.precision}
+        digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.use.model}-{self.model.size.replace('/', '-')}-{self.use.data}-{digest}".lower()
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.paths.runs) / self.run_id
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several architectures with one budget, one recipe and one protocol."""
+
+    name: str
+    equal: str  # the quantity every row spends alike: train_gflops | images
+    runs: tuple[RunConfig, ...]
+
+    @property
+    def directory(self) -> Path:
+        """The comparison's own directory, named by what is compared and how it is scored."""
+        scored = json.dumps([[run.run_id, asdict(run.eval)] for run in self.runs], sort_keys=True, default=str)
+        digest = hashlib.sha256(scored.encode()).hexdigest()[:8]
+        return Path(self.runs[0].paths.runs) / f"compare-{self.name}-{digest}"
+
+
+def load_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run of configs/run/<name>.yaml, or of a path such as runs/<run_id>/config.yaml.
+
+    Raises: UserError naming file, key and nearest match for an unknown key, a wrong type, a value out of its range or
+    a budget given twice.
+    """
+    path = registry.config_file("run", name)
+    return _build([(path.name, _read(path)), ("command line", _dotlist(overrides))])
+
+
+def load_comparison(name: str, overrides: Sequence[str] = ()) -> Comparison:
+    """The comparison of configs/compare/<name>.yaml: a run file whose `models` names the rows.
+
+    `models: {label: {architecture: dit, size: S/2, ...}}`; the architecture defaults to the label. The override
+    `models.<label>.size=B/2` changes one row, any other override changes all rows.
+    Raises: UserError, as `load_run`.
+    """
+    path = registry.config_file("compare", name)
+    shared = _read(path)
+    given = _dotlist(overrides)
+    rows, changes = shared.pop("models", None), given.pop("models", {})
+    equal = given.pop("equal", shared.pop("equal", "train_gflops"))
+    if equal not in ("train_gflops", "images"):
+        raise UserError(f"{path.name}: equal '{equal}' is not known. Choose one of train_gflops, images.")
+    if not isinstance(rows, dict) or not rows:
+        raise UserError(f"{path.name}: 'models' must list the rows to compare, such as models: {{dit: {{size: S/2}}}}.")
+    for label in changes:
+        if label not in rows:
+            raise UserError(
+                f"command line: models.{label} is not a row of {path.name}. {registry.nearest(label, list(rows))}"
+            )
+    runs = []
+    for label, row in rows.items():
+        row, change = dict(row or {}), dict(changes.get(label) or {})
+        architecture = change.pop("architecture", row.pop("architecture", label))
+        this = OmegaConf.to_container(OmegaConf.merge(shared, {"use": {"model": architecture}}))
+        runs.append(
+            _build(
+                [
+                    (path.name, this),
+                    (path.name, {"model": row}),
+                    ("command line", given),
+                    ("command line", {"model": change}),
+                ]
+            )
+        )
+    return Comparison(path.stem, equal, tuple(runs))
+
+
+def sources(config: RunConfig) -> str:
+    """Where the values of a configuration come from, later ones winning; for `--dry-run`."""
+    files = [source for _, source in _group_files(config.use)]
+    paper = [f"paper_recipe of models/{config.use.model}.py"] if config.use.recipe == PAPER else []
+    return " < ".join(["dataclass defaults", *paper, *files, "the named file", "command line"])
+
+
+def _group_files(use: UseConfig) -> list[tuple[str, str]]:
+    """(group, file below the root): model and data need no file, the recipe and the protocol have one."""
+    found = []
+    for group in ("model", "data"):
+        source = f"configs/{group}/{getattr(use, group)}.yaml"
+        if (registry.ROOT / source).is_file():
+            found.append((group, source))
+    for group in ("recipe", "eval") if use.recipe != PAPER else ("eval",):
+        path = registry.config_file(group, getattr(use, group))
+        found.append((group, f"configs/{group}/{path.name}"))
+    return found
+
+
+def _build(layers: list[tuple[str, dict[str, Any]]]) -> RunConfig:
+    """Merge (source, values) layers over the group files they name, then make the frozen dataclasses."""
+    use = OmegaConf.structured(UseConfig)
+    for source, values in layers:
+        use = _merge(use, values.get("use", {}), source, "use")
+    use = UseConfig(**use)
+    architecture, data = registry.architecture(use.model), registry.dataset(use.data)
+    recipe: Any = Recipe
+    below = [(source, {group: _read(registry.ROOT / source)}) for group, source in _group_files(use)]
+    if use.recipe == PAPER:
+        recipe = architecture.module.recipe_for(_model_config(architecture, [*below, *layers]))
+    base = OmegaConf.create(
+        {
+            "use": OmegaConf.structured(use),
+            "seed": 0,
+            "model": OmegaConf.structured(architecture.config),
+            "data": OmegaConf.structured(data.config),
+            "recipe": OmegaConf.structured(recipe),
+            "budget": OmegaConf.structured(BudgetConfig),
+            "eval": OmegaConf.structured(EvalConfig),
+            "trainer": OmegaConf.structured(TrainerConfig),
+            "paths": OmegaConf.structured(PathsConfig),
+            "tracking": OmegaConf.structured(TrackingConfig),
+        }
+    )
+    OmegaConf.set_struct(base, True)
+    merged = base
+    for source, values in [*below, *layers]:
+        merged = _merge(merged, values, source)
+    try:
+        config = RunConfig(**{str(key): _object(merged, str(key)) for key in merged})
+        (config.eval.sampler or config.recipe.sampler).require_process(config.recipe.process.name)
+        return config
+    except ValueError as error:
+        raise UserError(f"{_origin(str(error), [*below, *layers])}: {error}") from None
+
+
+def _model_config(architecture: Any, layers: list[tuple[str, dict[str, Any]]]) -> Any:
+    """The model's dataclass alone: a paper's recipe may depend on the size."""
+    node = OmegaConf.structured(architecture.config)
+    for source, values in layers:
+        node = _merge(node, values.get("model", {}), source, "model")
+    try:
+        return OmegaConf.to_object(node)
+    except ValueError as error:
+        raise UserError(f"{_origin(str(error), layers)}: {error}") from None
+
+
+def _merge(node: Any, values: Any, source: str, prefix: str = "") -> Any:
+    try:
+        return OmegaConf.merge(node, values)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{source}: {_explain(error, node, prefix)}") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _explain(error: OmegaConfBaseException, node: Any, prefix: str) -> str:
+    key = ".".join(part for part in (prefix, error.full_key or "") if part)
+    text = (error.msg or str(error)).splitlines()[0]
+    if "not in" in text:
+        parent = (
+            OmegaConf.select(node, (error.full_key or "").rpartition(".")[0]) if "." in (error.full_key or "") else node
+        )
+        known = [str(name) for name in parent] if OmegaConf.is_dict(parent) else []
+        return f"{key} is not a setting. {registry.nearest(str(error.key), known)}"
+    return f"{key}: {text}." if key else f"{text}."
+
+
+def _object(merged: Any, key: str) -> Any:
+    return OmegaConf.to_object(merged[key]) if OmegaConf.is_config(merged[key]) else merged[key]
+
+
+def _origin(message: str, layers: list[tuple[str, dict[str, Any]]]) -> str:
+    """The last source that sets the key a message starts with ('model.size ...'), for the reader to open."""
+    keys = message.split(maxsplit=1)[0].split(".")
+    for source, values in reversed(layers):
+        value: Any = values
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            return source
+    return layers[-1][0] if len(layers) == 1 else layers[-2][0]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (OmegaConfBaseException, OSError) as error:
+        raise UserError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected 'key: value' lines, found a {type(values).__name__}.")
+    return values  # type: ignore[return-value]
+
+
+def _dotlist(overrides: Sequence[str]) -> dict[str, Any]:
+    for text in overrides:
+        if "=" not in text:
+            raise UserError(f"'{text}' is not an override. Write key=value, for example model.size=S/2.")
+    keys = [text.partition("=")[0] for text in overrides]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"command line: {key} is given {keys.count(key)} times. Give it once.")
+    return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))  # type: ignore[return-value]
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that YAML stays free of Python tags."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,31 @@
+"""What the terminal shows: sentences and progress bars, on the first process only."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+
+def is_main_process() -> bool:
+    """True on the process that prints and writes files (rank 0 under Lightning, torchrun and SLURM)."""
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if name in os.environ:
+            return os.environ[name] == "0"
+    return True
+
+
+def say(text: str = "") -> None:
+    """Print a line, on the first process only."""
+    if is_main_process():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def progress(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
+    """A tqdm bar with rate and time left; silent where output is no terminal and on all other processes."""
+    silent = not is_main_process() or not sys.stderr.isatty()
+    return tqdm(iterable, dynamic_ncols=True, leave=False, disable=silent, **options)

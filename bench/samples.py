@@ -1,0 +1,139 @@
+"""The samples of a run: which ones a protocol asks for, and the files that hold them.
+
+runs/<run_id>/samples/step-<steps>-<digest>/
+  samples.npz    arr_0 (N,H,W,3) uint8 in index order, labels (N,) int64: the layout ADM's evaluator reads
+  grid.png       the first samples of each class, one column a class
+  blocks/        finished blocks of a sampling that was interrupted
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bench.config import RunConfig
+from bench.files import atomic_write
+from models.noise import iid_labels
+from models.recipe import SamplerConfig
+
+GRID_ROWS = 8  # samples of each class in a grid
+GRID_COLUMNS = 10  # classes shown, or samples in a row where there are no classes
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The part of a protocol that decides the samples, with every default filled in."""
+
+    num_samples: int
+    batch_size: int
+    seed: int
+    labels: str
+    cfg_scale: float
+    cfg_channels: str
+    sampler: SamplerConfig
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Sampling:
+        scored, recipe = config.eval, config.recipe
+        return cls(
+            num_samples=scored.num_samples,
+            batch_size=scored.batch_size,
+            seed=scored.seed,
+            labels=scored.labels,
+            cfg_scale=scored.cfg_scale,
+            cfg_channels=scored.cfg_channels or recipe.cfg_channels,
+            sampler=scored.sampler or recipe.sampler,
+        )
+
+    def blocks(self) -> list[range]:
+        """Sample indices in blocks of batch_size; the last block may be shorter.
+
+        Blocks are what processes share out, so a block is computed in the same batch whatever their number.
+        """
+        n, size = self.num_samples, self.batch_size
+        return [range(start, min(start + size, n)) for start in range(0, n, size)]
+
+    def draw_labels(self, indices: Sequence[int], num_classes: int) -> Tensor | None:
+        """The labels asked for, (len(indices),) int64, or None if unconditional."""
+        if num_classes == 0:
+            return None
+        if self.labels == "balanced":
+            return torch.tensor([i % num_classes for i in indices])
+        return iid_labels(self.seed, indices, num_classes)
+
+    def directory(self, run: Path, step: int) -> Path:
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+        return run / "samples" / f"step-{step:08d}-{digest}"
+
+
+class SampleFiles:
+    """Blocks while sampling, one samples.npz and a grid when all are there."""
+
+    def __init__(self, directory: Path, sampling: Sampling) -> None:
+        self.directory, self.sampling = directory, sampling
+        self.path, self.grid = directory / "samples.npz", directory / "grid.png"
+        self._images: np.ndarray | None = None
+
+    @property
+    def complete(self) -> bool:
+        return self.path.exists()
+
+    def read(self, block: range) -> Tensor | None:
+        """Images (B,3,H,W) uint8 of a block, or None if they are not drawn yet."""
+        if self.complete:
+            if self._images is None:
+                with np.load(self.path, allow_pickle=False) as file:
+                    self._images = file["arr_0"]
+            return _to_tensor(self._images[block.start : block.stop])
+        path = self._block_path(block)
+        return _to_tensor(np.load(path, allow_pickle=False)) if path.exists() else None
+
+    def write(self, block: range, images: Tensor) -> None:
+        """Keep the images (B,3,H,W) uint8 of a finished block."""
+        with atomic_write(self._block_path(block), "wb") as file:
+            np.save(file, images.permute(0, 2, 3, 1).cpu().numpy())
+
+    def finish(self, num_classes: int) -> None:
+        """All blocks into samples.npz and grid.png; the blocks are removed. One process calls this."""
+        if not self.complete:
+            blocks = self.sampling.blocks()
+            images = np.concatenate([np.load(self._block_path(b), allow_pickle=False) for b in blocks])
+            labels = self.sampling.draw_labels(range(len(images)), num_classes)
+            arrays = {"arr_0": images} | ({"labels": labels.numpy()} if labels is not None else {})
+            write_grid(self.grid, images, labels)
+            with atomic_write(self.path, "wb") as file:
+                np.savez(file, **arrays)
+        shutil.rmtree(self.directory / "blocks", ignore_errors=True)
+
+    def _block_path(self, block: range) -> Path:
+        return self.directory / "blocks" / f"{block.start:08d}-{block.stop:08d}.npy"
+
+
+def write_grid(path: Path, images: np.ndarray, labels: Tensor | None) -> None:
+    """A PNG of the first samples: one column a class (the first classes), or row by row without classes."""
+    if labels is None:
+        columns = [images[c::GRID_COLUMNS][:GRID_ROWS] for c in range(min(GRID_COLUMNS, len(images)))]
+    else:
+        classes = sorted(set(labels.tolist()))[:GRID_COLUMNS]
+        columns = [images[(labels == c).numpy()][:GRID_ROWS] for c in classes]
+    height, width = images.shape[1:3]
+    canvas = np.full((GRID_ROWS * (height + 2), len(columns) * (width + 2), 3), 255, np.uint8)
+    for c, column in enumerate(columns):
+        for r, image in enumerate(column):
+            y, x = r * (height + 2) + 1, c * (width + 2) + 1
+            canvas[y : y + height, x : x + width] = image
+    with atomic_write(path, "wb") as file:
+        Image.fromarray(canvas).save(file, format="PNG")
+
+
+def _to_tensor(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))

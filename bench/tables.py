@@ -1,0 +1,207 @@
+"""The table of a comparison: one row per model at its last checkpoint, every score with its interval and protocol.
+
+`build` refuses rows of different protocols. The formats differ in markup, never in what they say.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import budget as budgets
+from bench.errors import UserError
+from bench.formats import Cell, TableData, render
+from bench.formats import terminal as terminal  # part of this module's interface, as is render
+from bench.metrics import METRICS, MetricSpec, column
+from bench.registry import nearest
+from bench.store import Result, ResultStore
+
+SPENT = {"train_gflops": "train_gflops", "images": "images_seen"}  # what rows can spend alike -> field of a result
+COSTS = {  # CSV column -> title; the fields of a result, and the SSM's share of gflops
+    "params_m": "params (M)",
+    "gflops": "Gflops",
+    "gflops_ssm": "of which SSM",
+    "images_seen": "images seen",
+    "train_gflops": "training Gflops",
+    "train_gflops_papers": "Gflops × images",
+    "sample_gflops": "sample Gflops",
+}
+CONVENTIONS = (
+    "Gflops: 1e9 multiply-adds of one unguided forward of one image, backbone only (SSM: S4D kernel and FFTs). "
+    "Training Gflops: 3 × Gflops × images seen; Gflops × images is the total that papers print. "
+    "Sample Gflops: per generated image.",
+    "±: half width of the 95 % interval over the drawing of the generated samples (delete-a-group jackknife); "
+    "it covers neither the training seed nor the reference. Bold: the best, where its interval overlaps no other's.",
+)
+
+
+def build(results: Sequence[Result]) -> TableData:
+    """The table of one comparison, rows in the order in which runs first appear in `results`.
+
+    Raises: UserError if there is no result, or the results were scored by different protocols.
+    """
+    require_one_protocol(results)
+    rows, names, specs = finals(results), labels(results), score_specs(results[0])
+    untrained = {row.run_id: row for row in results if row.weights == "untrained"}
+    frechet = next((name for name, spec in specs.items() if spec.name == "fid"), None) if untrained else None
+    records = [_record(row, frechet, untrained.get(row.run_id)) for row in rows]
+    grid = {"model": [Cell(names[row.run_id]) for row in rows]}
+    for key, title in COSTS.items():
+        if key != "gflops_ssm" or any(record[key] for record in records):
+            grid[title] = [Cell(number(record[key])) for record in records]
+    for name, spec in specs.items():
+        best, rivals = _best(records, name, spec)
+        clear = len(rows) > 1 and not rivals
+        scores = [
+            Cell(score_text(record[name], record[f"{name}_ci95"], spec), clear and record is best) for record in records
+        ]
+        grid[f"{name} {'↑' if spec.higher_is_better else '↓'}"] = scores
+    if frechet:
+        pairs = [(record[f"untrained_{frechet}"], record[f"untrained_{frechet}_ci95"]) for record in records]
+        grid[f"untrained {frechet} ↓"] = [Cell(score_text(*pair, specs[frechet])) for pair in pairs]
+    verdict = [_verdict(records, names, *next(iter(specs.items())))] if specs and len(rows) > 1 else []
+    notes = (*verdict, describe_protocol(rows[0].protocol), _training(rows), *CONVENTIONS)
+    return TableData(tuple(grid), tuple(zip(*grid.values(), strict=True)), notes, tuple(records))
+
+
+def require_one_protocol(results: Sequence[Result]) -> None:
+    """Raises: UserError if there is no result, or naming the settings in which the protocols differ."""
+    if not results:
+        raise UserError("No results, so no table. Score a run first: python -m bench evaluate runs/<run_id>")
+    protocols = [row.protocol | {"data": row.data, "scores": ", ".join(row.scores)} for row in results]
+    given = {key: list(dict.fromkeys(str(p.get(key)) for p in protocols)) for p in protocols for key in p}
+    differing = [f"{key} {' or '.join(values)}" for key, values in given.items() if len(values) > 1]
+    if differing:
+        raise UserError(
+            f"The rows were scored by different protocols: {'; '.join(differing)}. Score them alike, with the same "
+            "eval.* settings (eval.sampler and eval.cfg_channels replace those of a recipe)."
+        )
+
+
+def finals(results: Iterable[Result]) -> list[Result]:
+    """The last checkpoint of each run."""
+    last: dict[str, Result] = {}
+    for row in results:
+        if row.run_id not in last or row.steps > last[row.run_id].steps:
+            last[row.run_id] = row
+    return list(last.values())
+
+
+def labels(results: Iterable[Result]) -> dict[str, str]:
+    """run_id -> 'DiT-XL/2', with what tells runs of one size apart."""
+    runs = {row.run_id: row for row in results}
+    varied = [key for key in ("recipe", "batch_size", "seed") if len({getattr(row, key) for row in runs.values()}) > 1]
+    names = {}
+    for run_id, row in runs.items():
+        told = ", ".join(f"{key} {getattr(row, key)}" for key in varied)
+        names[run_id] = f"{row.title}-{row.size}" + (f" ({told})" if told else "")
+    uses = Counter(names.values())
+    return {
+        run_id: name if uses[name] == 1 else f"{name} {run_id.rpartition('-')[2]}" for run_id, name in names.items()
+    }
+
+
+def equalised(results: Sequence[Result], quantity: str = "train_gflops") -> float:
+    """How far apart the final rows are in `quantity` (train_gflops | images): largest over smallest, less 1.
+
+    Raises: UserError naming rows and values if they are further apart than a table may call equal.
+    """
+    names = labels(results)
+    spent = {names[row.run_id]: getattr(row, SPENT[quantity]) for row in finals(results)}
+    budgets.require_equal(quantity, spent)
+    return budgets.spread(spent.values())
+
+
+def score_specs(row: Result) -> dict[str, MetricSpec]:
+    """Column -> direction and decimals, for the scores of a row."""
+    known = {column(name, row.protocol["extractor"]): spec for name, spec in METRICS.items()}
+    return {name: known[name] for name in row.scores}
+
+
+def number(value: float) -> str:
+    """Four significant digits at least; whole numbers below ten million in full."""
+    if value >= 1e7:
+        return f"{value:.3e}".replace("e+", "e")
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def score_text(value: float | None, ci95: float | None, spec: MetricSpec) -> str:
+    """'12.34 ± 0.56', or a dash where there is no score."""
+    return "–" if value is None else f"{value:.{spec.decimals}f} ± {ci95:.{spec.decimals}f}"
+
+
+def _record(row: Result, frechet: str | None, untrained: Result | None) -> dict[str, Any]:
+    identity = ("run_id", "model", "size", "data", "recipe", "batch_size", "seed", "weights", "steps")
+    record = {key: getattr(row, key) for key in (*identity, *COSTS) if key != "gflops_ssm"}
+    record["gflops_ssm"] = row.gflops_parts["ssm_kernel"] + row.gflops_parts["fft"]
+    for name, value in row.scores.items():
+        record |= {name: value, f"{name}_ci95": row.ci95[name]}
+    if frechet:
+        record[f"untrained_{frechet}"] = untrained.scores[frechet] if untrained else None
+        record[f"untrained_{frechet}_ci95"] = untrained.ci95[frechet] if untrained else None
+    return record | {f"protocol_{key}": row.protocol[key] for key in ("name", "version", "num_samples")}
+
+
+def _best(records: list[dict[str, Any]], name: str, spec: MetricSpec) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(the best row, the other rows whose interval overlaps its own)."""
+    best = (max if spec.higher_is_better else min)(records, key=lambda record: record[name])
+    reach = f"{name}_ci95"
+    rivals = [r for r in records if r is not best and abs(r[name] - best[name]) <= r[reach] + best[reach]]
+    return best, rivals
+
+
+def _verdict(records: list[dict[str, Any]], names: dict[str, str], name: str, spec: MetricSpec) -> str:
+    """The table in one sentence: which model has the best `name`, if the intervals can tell."""
+    best, rivals = _best(records, name, spec)
+    leader = f"{names[best['run_id']]} has the best {name} ({score_text(best[name], best[f'{name}_ci95'], spec)})"
+    if rivals:
+        others = ", ".join(names[record["run_id"]] for record in rivals)
+        return f"{leader}, but its interval overlaps that of {others}: no verdict."
+    return f"{leader}; its interval overlaps no other's."
+
+
+def describe_protocol(p: dict[str, Any]) -> str:
+    """Everything that must be alike before two scores are compared, in one sentence."""
+    guidance = f"cfg_scale {p['cfg_scale']:g}{' (unguided)' if p['cfg_scale'] == 1 else ''}"
+    return (
+        f"Protocol {p['name']} (version {p['version']}): {p['num_samples']} samples, labels {p['labels']}, "
+        f"seed {p['seed']}; sampler {p['sampler']}, {p['sampler_steps']} steps; {guidance}, "
+        f"cfg_channels {p['cfg_channels']}; decoder {p['decoder']}; uint8 by {p['quantisation']}; "
+        f"extractor {p['extractor']}, {p['resize']}; reference {p['reference']}."
+    )
+
+
+def _training(rows: Sequence[Result]) -> str:
+    keys = ("data", "recipe", "batch_size", "seed", "weights")
+    told = [f"{key} {' or '.join(dict.fromkeys(str(getattr(row, key)) for row in rows))}" for key in keys]
+    spent = [row.train_gflops for row in rows]
+    gap = f" Training Gflops differ by {100 * budgets.spread(spent):.2f} %." if len(rows) > 1 and min(spent) else ""
+    return f"Training: {', '.join(told)}.{gap}"
+
+
+def latest(results: Sequence[Result]) -> list[Result]:
+    """Of rows that share a comparison's name, those of the one scored last: its protocol, recipe, seed and budget."""
+    newest = max(results, key=lambda row: row.created)
+    same = ("protocol", "data", "recipe", "batch_size", "seed")
+    alike = [row for row in results if all(getattr(row, key) == getattr(newest, key) for key in same)]
+    last = {row.run_id: row for row in finals(alike)}
+    groups = []
+    for field in SPENT.values():
+        spent = getattr(last[newest.run_id], field)
+        near = budgets.TOLERANCE * spent
+        groups.append({run_id for run_id, row in last.items() if abs(getattr(row, field) - spent) <= near})
+    runs = max(groups, key=len)
+    return [row for row in alike if row.run_id in runs]
+
+
+def print_comparison(comparison: str, fmt: str, runs: Path) -> None:
+    """Print the table of the comparison scored last under this name. Raises: UserError if there is none."""
+    stored = ResultStore(runs / "results.jsonl").load()
+    results = [row for row in stored if row.comparison == comparison]
+    if not results:
+        known = sorted({row.comparison for row in stored} - {""})
+        hint = nearest(comparison, known) if known else "Make one with: python -m bench compare <name>"
+        raise UserError(f"{runs}/results.jsonl has no comparison '{comparison}'. {hint}")
+    print(render(build(latest(results)), fmt))

@@ -1,0 +1,1 @@
+"""What is seen: data sets, their latent caches and the order of training."""

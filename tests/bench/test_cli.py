@@ -1,0 +1,65 @@
+"""The command line: help with examples, overrides anywhere, mistakes as one sentence with exit code 2."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from bench import cli
+
+COMMANDS = ("compare", "train", "sample", "evaluate", "table", "flops")
+
+
+def run(monkeypatch, *words: str) -> int:
+    """Exit code of `python -m bench words...`; 0 if it returns."""
+    monkeypatch.setattr(sys, "argv", ["bench", *words])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(monkeypatch, capsys, command):
+    assert run(monkeypatch, command, "--help") == 0
+    assert f"examples:\n  python -m bench {command} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["compare", "digts"], "Did you mean digits?"),
+        (["train", "digits", "model.sise=S/2"], "Did you mean size?"),
+        (["train", "digits", "--dry-run", "model.size=B/3"], "'B/3' is not a DiT size"),
+        (["sample", "runs/none"], "not a run directory"),
+        (["evaluate", "runs/none"], "not a run directory"),
+        (["flops", "dit/B/3"], "'B/3' is not a DiT size"),
+        (["flops", "dot"], "Did you mean dit?"),
+        (["table", "digits", "--runs", "/nonexistent"], "/nonexistent"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(monkeypatch, capsys, words, expected):
+    assert run(monkeypatch, *words) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.startswith(f"isodiff {words[0]}: ") and "Traceback" not in error
+
+
+def test_an_unknown_flag_is_refused(monkeypatch, capsys):
+    assert run(monkeypatch, "train", "digits", "--dryrun") == 2
+    assert "--dryrun" in capsys.readouterr().err
+
+
+def test_dry_run_prints_config_budget_steps_and_time(monkeypatch, capsys):
+    assert run(monkeypatch, "train", "--dry-run", "model.depth=1", "digits", "trainer.accelerator=cpu") == 0
+    out = capsys.readouterr().out
+    for words in (
+        "depth: 1",
+        "budget train_gflops=",
+        "steps x",
+        "train Gflops",
+        "estimated training time",
+        "command line",
+    ):
+        assert words in out

@@ -1,0 +1,188 @@
+"""The main job end to end on small real backbones: outputs, resume after SIGKILL, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench.compare import compare
+from bench.config import load_comparison
+from bench.errors import UserError
+from bench.registry import ROOT
+
+# Each backbone two layers deep, a few steps, a few samples: seconds, not minutes.
+SMALL = [
+    "use.data=synthetic",
+    "use.eval=digits",
+    "models.diffussm.depth=1",
+    "models.dit.depth=1",
+    "models.uvit.depth=2",
+    "recipe.batch_size=8",
+    "recipe.sampler.steps=2",
+    "budget.train_gflops=2",
+    "eval.num_samples=24",
+    "eval.batch_size=8",
+    "eval.checkpoints=2",
+    "tracking.mode=off",
+    "trainer.accelerator=cpu",
+]
+
+
+def small(tmp_path: Path, *extra: str) -> list[str]:
+    return [*SMALL, f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path / 'cache'}", *extra]
+
+
+def bench(*words: str, threads: int = 1) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "bench", *words],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished small comparison -> (its comparison, the path of its report, the directory)."""
+    tmp_path = tmp_path_factory.mktemp("compare")
+    comparison = load_comparison("digits", small(tmp_path))
+    return comparison, compare(comparison), tmp_path
+
+
+def rows(tmp_path: Path) -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / "runs" / "results.jsonl").read_text().splitlines()]
+
+
+def test_everything_lies_there_at_the_end(finished):
+    comparison, report, _ = finished
+    assert {path.name for path in report.parent.iterdir()} >= {
+        "report.html", "table.md", "table.csv", "table.tex", "score-against-compute.png",
+    }  # fmt: skip
+    for run in comparison.runs:
+        state = json.loads((run.directory / "run.json").read_text())
+        assert state["state"] == "finished"
+        assert (run.directory / "config.yaml").exists() and (run.directory / "metrics.jsonl").exists()
+        for samples in run.directory.glob("samples/*/samples.npz"):
+            arrays = np.load(samples, allow_pickle=False)
+            assert arrays["arr_0"].shape == (24, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8
+            assert arrays["labels"].tolist() == [i % 10 for i in range(24)]
+            assert (samples.parent / "grid.png").exists() and not (samples.parent / "blocks").exists()
+
+
+def test_one_row_for_each_scored_checkpoint_and_equal_compute(finished):
+    _, _, tmp_path = finished
+    stored = rows(tmp_path)
+    assert len(stored) == 9  # three architectures: untrained, half, whole
+    for row in stored:
+        assert row["train_gflops"] == pytest.approx(3 * row["gflops"] * row["images_seen"])
+        assert row["train_gflops_papers"] == pytest.approx(row["gflops"] * row["images_seen"])
+        assert set(row["scores"]) == set(row["ci95"])
+    final = [max((r for r in stored if r["model"] == m), key=lambda r: r["steps"]) for m in ("dit", "uvit", "diffussm")]
+    spent = [row["train_gflops"] for row in final]
+    assert max(spent) / min(spent) - 1 < 0.02
+    assert sum(row["weights"] == "untrained" for row in stored) == 3
+
+
+def test_running_it_again_computes_nothing(finished, capsys):
+    comparison, report, tmp_path = finished
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.ckpt")}
+    written |= {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("samples.npz")}
+    before = (tmp_path / "runs" / "results.jsonl").read_text()
+    assert compare(comparison) == report
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert (tmp_path / "runs" / "results.jsonl").read_text() == before
+
+
+def test_unequal_budgets_are_refused(tmp_path):
+    comparison = load_comparison("digits", small(tmp_path, "budget.train_gflops=null", "budget.steps=2"))
+    with pytest.raises(UserError, match="train_gflops"):
+        compare(comparison)
+    assert not (tmp_path / "runs").exists()
+
+
+TRAINING = [
+    "use.data=synthetic",
+    "model.depth=1",
+    "recipe.batch_size=8",
+    "budget.train_gflops=null",
+    "tracking.mode=off",
+    "trainer.accelerator=cpu",
+    "trainer.log_every=1",
+]
+
+
+def final_checkpoint(runs: Path, step: int) -> dict:
+    return torch.load(next(runs.glob(f"*/checkpoints/step-{step:08d}.ckpt")), weights_only=True)
+
+
+def test_killed_and_resumed_equals_never_killed(tmp_path):
+    """SIGKILL in the middle of training; the same command ends with the same bits."""
+    words = [*TRAINING, "budget.steps=200", "trainer.checkpoint_minutes=0.001", f"paths.cache={tmp_path / 'cache'}"]
+    whole = bench("train", "digits", *words, f"paths.runs={tmp_path / 'whole'}")
+    assert whole.wait(120) == 0, whole.stderr.read()
+    again = ["train", "digits", *words, f"paths.runs={tmp_path / 'killed'}"]
+    killed = bench(*again)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("killed/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert list(tmp_path.glob("killed/*/checkpoints/last.ckpt")), "the run ended before it could be killed"
+    assert not list(tmp_path.glob("killed/*/checkpoints/step-00000200.ckpt"))
+    resumed = bench(*again)
+    out, err = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, err
+    assert "resuming from" in out
+    a, b = (final_checkpoint(tmp_path / name, 200) for name in ("whole", "killed"))
+    for key in ("state_dict", "current_model_state", "averaging_state"):
+        assert a[key].keys() == b[key].keys()
+        for name, value in a[key].items():
+            assert torch.equal(value, b[key][name]), f"{key} {name}"
+    logged = next(tmp_path.glob("killed/*/metrics.jsonl")).read_text().splitlines()
+    assert [json.loads(line)["train/step"] for line in logged] == list(range(1, 201))
+
+
+@pytest.mark.distributed
+def test_two_processes_give_the_digits_of_one(finished):
+    """Samples and scores are removed and a run is scored again by two processes: same images, same scores."""
+    comparison, _, tmp_path = finished
+    run = comparison.runs[1]
+    old = max((row for row in rows(tmp_path) if row["run_id"] == run.run_id), key=lambda row: row["steps"])
+    samples = tmp_path / "runs" / old["samples"]
+    before = np.load(samples, allow_pickle=False)["arr_0"]
+    samples.unlink()
+    (tmp_path / "runs" / "results.jsonl").unlink()
+    two = bench("evaluate", str(run.directory), "trainer.devices=2")
+    _, err = two.communicate(timeout=300)
+    assert two.returncode == 0, err
+    (new,) = rows(tmp_path)
+    assert new["world_size"] == 2
+    assert np.array_equal(np.load(samples, allow_pickle=False)["arr_0"], before)
+    for name, value in old["scores"].items():
+        assert new["scores"][name] == pytest.approx(value, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.distributed
+def test_two_processes_train_as_one(tmp_path):
+    """DDP on the CPU sees the global batches, noise and label drops of one process."""
+    finals = []
+    for devices in (1, 2):
+        words = [*TRAINING, "budget.steps=5", f"paths.cache={tmp_path / 'cache'}", f"trainer.devices={devices}"]
+        process = bench("train", "digits", *words, f"paths.runs={tmp_path / str(devices)}")
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        finals.append(final_checkpoint(tmp_path / str(devices), 5)["current_model_state"])
+    for name, value in finals[0].items():
+        torch.testing.assert_close(finals[1][name], value, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,112 @@
+"""Configuration: order of the sources, identity of a run, and what a user reads after a mistake."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import registry
+from bench.config import load_comparison, load_run
+from bench.errors import UserError
+from models.uvit import UViTModule
+
+
+def test_later_sources_win():
+    config = load_run("digits", ["recipe.optimizer.lr=0.5", "model.depth=3"])
+    assert config.recipe.optimizer.lr == 0.5  # command line over configs/recipe/digits.yaml
+    assert config.recipe.sampler.name == "ddim"  # configs/recipe/digits.yaml over the default of models/recipe.py
+    assert config.model.size == "T/2"  # the run file
+    assert (config.model.depth, config.model.width) == (3, 128)  # an override of one part; the size fills the rest
+
+
+def test_paper_recipe_follows_the_size():
+    large = load_run("digits", ["use.model=uvit", "use.recipe=paper", "model.size=L/2"])
+    huge = load_run("digits", ["use.model=uvit", "use.recipe=paper", "model.size=H/2", "recipe.batch_size=8"])
+    assert large.recipe == UViTModule.recipe_for(large.model)
+    assert (large.recipe.process.name, huge.recipe.process.name) == ("vp", "sd_discrete")
+    assert huge.recipe.batch_size == 8
+
+
+def test_run_id_changes_with_what_is_trained_only():
+    base = load_run("digits").run_id
+    for same in ("trainer.devices=2", "paths.runs=elsewhere", "eval.num_samples=7", "tracking.mode=off"):
+        assert load_run("digits", [same]).run_id == base
+    for other in ("seed=1", "model.depth=3", "recipe.batch_size=8", "trainer.precision=bf16-mixed"):
+        assert load_run("digits", [other]).run_id != base
+
+
+def test_config_of_a_run_repeats_it(tmp_path):
+    config = load_run("digits", ["model.depth=3", "seed=4", "budget.train_gflops=5.5"])
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    assert load_run(str(path)) == config
+
+
+def test_a_comparison_gives_every_row_the_same_budget_recipe_and_protocol():
+    comparison = load_comparison("digits", ["budget.train_gflops=30", "models.dit.depth=2"])
+    assert [run.use.model for run in comparison.runs] == ["diffussm", "dit", "uvit"]
+    assert {run.budget.train_gflops for run in comparison.runs} == {30}
+    assert len({run.recipe for run in comparison.runs}) == 1
+    assert comparison.runs[1].model.depth == 2 and comparison.runs[2].model.depth == 4
+
+
+def test_one_architecture_in_two_sizes(tmp_path):
+    path = tmp_path / "sizes.yaml"
+    path.write_text(
+        "use: {recipe: digits}\nbudget: {images: 500}\nequal: images\n"
+        "models:\n  small: {architecture: dit, size: T/2}\n  large: {architecture: dit, size: S/2}\n"
+    )
+    comparison = load_comparison(str(path))
+    assert [(run.use.model, run.model.size) for run in comparison.runs] == [("dit", "T/2"), ("dit", "S/2")]
+    assert comparison.equal == "images"
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["model.detph=3"], ["command line", "model.detph", "Did you mean depth?"]),
+        (["model.depth=deep"], ["command line", "model.depth", "'deep'"]),
+        (["model.size=B/3"], ["command line", "B/3", "S/2"]),
+        (["use.model=dti"], ["dti", "Did you mean dit?"]),
+        (["use.recipe=sharde"], ["sharde", "Did you mean shared?"]),
+        (["recipe.sampler.name=ddmi"], ["command line", "ddmi", "ddim"]),
+        (["recipe.sampler.name=euler_maruyama"], ["euler_maruyama", "iddpm", "ddim"]),
+        (["budget.steps=5"], ["command line", "budget.steps", "budget.train_gflops", "twice", "null"]),
+        (["budget.train_gflops=-1"], ["command line", "-1", "above 0"]),
+        (["seed"], ["'seed'", "key=value"]),
+        (["seed=1", "seed=2"], ["seed", "2 times"]),
+        (["sead=1"], ["sead", "Did you mean seed?"]),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_source_key_and_nearest_match(overrides, words):
+    with pytest.raises(UserError) as error:
+        load_run("digits", overrides)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_mistake_in_a_file_names_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("use: {recipe: digits}\nmodel: {size: T/2, widht: 4}\nbudget: {steps: 1}\n")
+    with pytest.raises(UserError, match=r"mine\.yaml: model\.widht .*Did you mean width"):
+        load_run(str(path))
+    path.write_text("budget: {steps: 1, steps: 2}\n")
+    with pytest.raises(UserError, match=r"mine\.yaml.*duplicate key"):
+        load_run(str(path))
+
+
+@pytest.mark.parametrize("path", sorted(registry.CONFIGS.glob("run/*.yaml")), ids=lambda path: path.stem)
+def test_every_run_file_loads(path):
+    load_run(path.stem)
+
+
+@pytest.mark.parametrize("path", sorted(registry.CONFIGS.glob("compare/*.yaml")), ids=lambda path: path.stem)
+def test_every_comparison_file_loads(path):
+    load_comparison(path.stem)
+
+
+@pytest.mark.parametrize("group", ["recipe", "eval"])
+def test_every_recipe_and_protocol_loads(group):
+    for path in registry.CONFIGS.glob(f"{group}/*.yaml"):
+        load_run("digits", [f"use.{group}={path.stem}"])
