@@ -13,7 +13,7 @@ import pandas as pd
 
 from bench import budget as budgets
 from bench import metrics, report, tables
-from bench.config import Comparison, sources
+from bench.config import WANDB_PROJECT, Comparison, sources
 from bench.console import is_main_process, say
 from bench.evaluate import evaluate
 from bench.figures import score_against_compute
@@ -34,7 +34,7 @@ def compare(comparison: Comparison) -> Path:
     runs, directory = comparison.runs, comparison.directory
     data = prepare_data(runs[0])
     scorer = prepare_scorer(runs[0], data)
-    tracker = Tracker(runs[0].tracking.mode, runs[0].tracking.project, directory)
+    tracker = Tracker(runs[0].tracking, WANDB_PROJECT, directory)
     results: list[Result] = []
     for config, run in zip(runs, plans, strict=True):
         train(config, data, tracker, group=comparison.name)

@@ -21,8 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 from bench import registry
 from bench.budget import BudgetConfig
 from bench.errors import UserError
+from datamodules.base import DataConfig
 from models.recipe import Recipe, SamplerConfig, require, require_positive
 
+WANDB_PROJECT = "isodiff"
 PAPER = "paper"  # use.recipe: paper = the recipe the architecture's paper published; it has no YAML file
 
 
@@ -90,15 +92,6 @@ class PathsConfig:
 
 
 @dataclass(frozen=True)
-class TrackingConfig:
-    mode: str = "offline"  # off | offline | online (Weights & Biases; without a key, online becomes offline)
-    project: str = "isodiff"
-
-    def __post_init__(self) -> None:
-        require(self.mode, ("off", "offline", "online"), "tracking.mode")
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """One training run and how it is scored."""
 
@@ -111,7 +104,12 @@ class RunConfig:
     eval: EvalConfig
     trainer: TrainerConfig
     paths: PathsConfig
-    tracking: TrackingConfig
+    tracking: str  # off | offline | online (Weights & Biases; without a key, online becomes offline)
+
+    def __post_init__(self) -> None:
+        if self.tracking == "False":  # YAML reads a bare `off` as false
+            object.__setattr__(self, "tracking", "off")
+        require(self.tracking, ("off", "offline", "online"), "tracking")
 
     @property
     def run_id(self) -> str:
@@ -222,7 +220,8 @@ def _build(layers: list[tuple[str, dict[str, Any]]]) -> RunConfig:
     for source, values in layers:
         use = _merge(use, values.get("use", {}), source, "use")
     use = UseConfig(**use)
-    architecture, data = registry.architecture(use.model), registry.dataset(use.data)
+    architecture = registry.architecture(use.model)
+    registry.dataset(use.data)  # must exist
     recipe: Any = Recipe
     below = [(source, {group: _read(registry.ROOT / source)}) for group, source in _group_files(use)]
     if use.recipe == PAPER:
@@ -232,13 +231,13 @@ def _build(layers: list[tuple[str, dict[str, Any]]]) -> RunConfig:
             "use": OmegaConf.structured(use),
             "seed": 0,
             "model": OmegaConf.structured(architecture.config),
-            "data": OmegaConf.structured(data.config),
+            "data": OmegaConf.structured(DataConfig),
             "recipe": OmegaConf.structured(recipe),
             "budget": OmegaConf.structured(BudgetConfig),
             "eval": OmegaConf.structured(EvalConfig),
             "trainer": OmegaConf.structured(TrainerConfig),
             "paths": OmegaConf.structured(PathsConfig),
-            "tracking": OmegaConf.structured(TrackingConfig),
+            "tracking": "offline",
         }
     )
     OmegaConf.set_struct(base, True)
@@ -286,7 +285,8 @@ def _explain(error: OmegaConfBaseException, node: Any, prefix: str) -> str:
 
 
 def _object(merged: Any, key: str) -> Any:
-    return OmegaConf.to_object(merged[key]) if OmegaConf.is_config(merged[key]) else merged[key]
+    value = OmegaConf.to_object(merged[key]) if OmegaConf.is_config(merged[key]) else merged[key]
+    return str(value) if key == "tracking" else value
 
 
 def _origin(message: str, layers: list[tuple[str, dict[str, Any]]]) -> str:

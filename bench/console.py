@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +18,12 @@ def is_main_process() -> bool:
         if name in os.environ:
             return os.environ[name] == "0"
     return True
+
+
+def quiet_lightning() -> None:
+    """Only Lightning's errors: its tips, device lists and advice on settings chosen here would bury our own lines."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
 
 
 def say(text: str = "") -> None:

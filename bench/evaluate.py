@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from bench import budget as budgets
 from bench import metrics, registry, tables
 from bench.config import RunConfig, load_run
-from bench.console import is_main_process, progress, say
+from bench.console import is_main_process, progress, quiet_lightning, say
 from bench.errors import UserError
 from bench.prepare import Data, Scorer, prepare_data, prepare_scorer
 from bench.samples import SampleFiles, Sampling
@@ -53,7 +53,10 @@ class EvaluationModule(L.LightningModule):
                 f"{sampling.num_samples} samples in blocks of {sampling.batch_size} are {len(blocks)} blocks, fewer "
                 f"than the {world} processes. Lower eval.batch_size or trainer.devices."
             )
-        return DataLoader(blocks[rank::world], batch_size=None, collate_fn=_unchanged)  # type: ignore[arg-type]
+        return DataLoader(blocks[rank::world], batch_size=None, collate_fn=lambda block: block)  # type: ignore[arg-type]
+
+    def transfer_batch_to_device(self, batch: range, device: torch.device, dataloader_idx: int) -> range:
+        return batch
 
     def on_test_start(self) -> None:
         self._bar = progress(total=self.files.sampling.num_samples, unit="image", desc="sampling and scoring")
@@ -87,10 +90,6 @@ class EvaluationModule(L.LightningModule):
         images = self.autoencoder.decode(latents)
         self.files.write(block, images)
         return images
-
-
-def _unchanged(block: Any) -> Any:
-    return block
 
 
 def load_trained(directory: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -232,6 +231,7 @@ def _run(
     sampling = Sampling.of(config)
     files = SampleFiles(sampling.directory(config.directory, step), sampling)
     evaluation = EvaluationModule(module, data, files, scorer)
+    quiet_lightning()
     trainer = L.Trainer(
         accelerator=config.trainer.accelerator,
         devices=config.trainer.devices,

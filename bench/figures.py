@@ -12,8 +12,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench.errors import UserError
 from bench.files import atomic_write
+from bench.formats import number
 from bench.store import Result
-from bench.tables import labels, number, require_one_protocol, score_specs
+from bench.tables import labels, require_one_protocol, score_specs
 
 # (colour, marker, line), told apart without colour too; colours: Okabe and Ito 2008, distinct in every colour vision.
 STYLES = (
@@ -46,10 +47,10 @@ def score_against_compute(results: Sequence[Result], column: str, path: Path) ->
         x = [row.train_gflops or left for row in run]
         y = [row.scores[column] for row in run]
         axes.errorbar(x, y, [row.ci95[column] for row in run], fmt="none", ecolor=colour, capsize=3)
-        axes.plot(x, y, color=colour, linewidth=1, linestyle=(0, (1, 2)))
-        first = sum(not row.train_gflops for row in run)  # the untrained point comes before it
-        axes.plot(x[:first], y[:first], color=colour, marker=marker, markerfacecolor="white", linestyle="none")
-        axes.plot(x[first:], y[first:], color=colour, marker=marker, linestyle=line, label=label)
+        before = sum(not row.train_gflops for row in run)  # untrained points, which come first
+        axes.plot(x[: before + 1], y[: before + 1], color=colour, linewidth=1, linestyle=(0, (1, 2)))
+        axes.plot(x[:before], y[:before], color=colour, marker=marker, markerfacecolor="white", linestyle="none")
+        axes.plot(x[before:], y[before:], color=colour, marker=marker, markersize=5, linestyle=line, label=label)
     _log(axes, "x")
     if any(not row.train_gflops for row in results):
         axes.text(left, 0.02, "untrained", transform=axes.get_xaxis_transform(), rotation=90, ha="right", fontsize=8)
@@ -88,7 +89,7 @@ def _log(axes: Axes, *names: str) -> None:
     for name in names:
         axes.set(**{f"{name}scale": "log"})
         axis = getattr(axes, f"{name}axis")
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
         axis.set_minor_formatter(NullFormatter())
 

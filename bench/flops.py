@@ -120,10 +120,11 @@ def render(table: Sequence[CostRow]) -> str:
     """A table for the terminal, its convention and its notes below."""
     line = "{:<16} {:>10} {:>9} {:>9} {:>10} {:>8} {:>9} {:>9}".format
     lines = [line("model", "resolution", "params M", "Gflops", "SSM kernel", "FFT", "published", "deviation")]
-    for model, resolution, report, gflops, _ in table:
-        costs = [f"{g:.3f}" for g in (report.params_m, report.gflops, report.parts["ssm_kernel"], report.parts["fft"])]
-        beside = [f"{gflops:.2f}", f"{100 * (report.gflops_weights / gflops - 1):+.2f} %"] if gflops else ["-", "-"]
-        lines.append(line(model, resolution, *costs, *beside))
+    for row in table:
+        report, parts = row.report, row.report.parts
+        costs = [f"{value:.3f}" for value in (report.params_m, report.gflops, parts["ssm_kernel"], parts["fft"])]
+        beside = [f"{row.published:.2f}", f"{row.deviation:+.2%}"] if row.published else ["-", "-"]
+        lines.append(line(row.model, row.resolution, *costs, *beside))
     lines += [
         "",
         "Gflops: 1e9 multiply-adds, one image, one unguided forward; norms, softmax and elementwise not counted.",
@@ -146,3 +147,11 @@ def resolution_series(resolutions: Sequence[int] = RESOLUTIONS) -> list[tuple[st
 def print_table(models: Sequence[str], resolutions: Sequence[int] | None, overrides: Sequence[str]) -> None:
     """The command `flops`: `rows` rendered to the terminal."""
     print(render(rows(models, resolutions or (), overrides)))
+
+
+def write_figure(path: Path) -> None:
+    """The command `flops --figure`: Gflops against resolution as a PNG."""
+    from bench.figures import gflops_against_resolution  # matplotlib loads here
+
+    gflops_against_resolution(resolution_series(), path)
+    print(path)

@@ -1,4 +1,4 @@
-"""A table as Markdown, CSV, LaTeX or terminal text. The HTML of a report is in report_template.html."""
+"""Numbers as text, and a table as Markdown, CSV, LaTeX or terminal text; its HTML is in report_template.html."""
 
 from __future__ import annotations
 
@@ -25,6 +25,18 @@ class TableData:
     records: tuple[dict[str, Any], ...]  # keys are the CSV columns
 
 
+def number(value: float) -> str:
+    """Four significant digits at least; whole numbers below ten million in full."""
+    if value >= 1e7:
+        return f"{value:.3e}".replace("e+", "e")
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def score_text(value: float | None, ci95: float | None, decimals: int) -> str:
+    """'12.34 ± 0.56', or a dash where there is no score."""
+    return "–" if value is None else f"{value:.{decimals}f} ± {ci95:.{decimals}f}"
+
+
 def render(table: TableData, fmt: str) -> str:
     """The table as text; `fmt` is one of `FORMATS`."""
     return FORMATS[fmt](table)
@@ -34,7 +46,7 @@ def terminal(table: TableData) -> str:
     """Aligned plain text, models as rows or as columns, whichever is narrower; * stands for bold."""
     rows = [table.header, *([f"{text} *" if bold else text for text, bold in row] for row in table.rows)]
     text = min(_aligned(rows), _aligned(list(zip(*rows, strict=True))), key=lambda lines: len(lines[0]))
-    notes = [textwrap.fill(note.replace("Bold:", "*:"), 100) for note in table.notes]
+    notes = [textwrap.fill(note.replace("Bold:", "*:"), 100, break_on_hyphens=False) for note in table.notes]
     return "\n".join([*text, "", *notes])
 
 
@@ -67,6 +79,9 @@ _LATEX_SIGNS = {sign: f"\\{sign}" for sign in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "|": r"\textbar{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
     "±": r"$\pm$",
     "×": r"$\times$",
     "↓": r"$\downarrow$",

@@ -73,13 +73,13 @@ FORMULAS: dict[str, tuple[str, Callable[[tuple, Any], float]]] = {
     "_fft_c2c": ("fft", _fft),
 }
 # Not counted by convention, beside every view and every op that torch tags as pointwise: making, copying and moving
-# tensors; norms and softmax; sums.
+# tensors; norms and softmax; sums; questions of type.
 FREE_OPS = """
     arange complex empty empty_like empty_strided fill_ full full_like linspace new_empty new_zeros ones ones_like polar
     scalar_tensor zeros zeros_like _to_copy _unsafe_view cat constant_pad_nd copy_ embedding flip gather index
     index_select repeat roll stack tril triu bernoulli_
     _safe_softmax _softmax native_group_norm native_layer_norm _fused_rms_norm
-    amax cumsum mean sum var_mean
+    amax cumsum mean sum var_mean promote_types
 """
 FREE = frozenset(FREE_OPS.split())
 
@@ -99,6 +99,8 @@ class OpCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return out
         name = func.overloadpacket.__name__ if func.namespace == "aten" else func.name()
         of_weights = [self._is_weight(arg) for arg in tree_leaves(args) if isinstance(arg, Tensor)]
         if name in FORMULAS:
@@ -106,7 +108,7 @@ class OpCounter(TorchDispatchMode):
             if part in ("linear", "attention"):
                 part = "ssm_kernel" if self.kernels_entered else "linear" if any(of_weights) else part
             self.counts[part] += multiply_adds(args, out)
-        elif not (func.is_view or torch.Tag.pointwise in func.tags or name in FREE):
+        elif torch.Tag.pointwise not in func.tags and name not in FREE:
             raise UserError(
                 f"The cost of the op '{name}' is not known. In bench/opcounter.py, give it a formula in FORMULAS, or "
                 f"name it in FREE_OPS if it does no multiply-adds that the DiT and U-ViT tables count."

@@ -29,7 +29,7 @@ MAX_ROWS = 10_000  # feature rows kept for precision, recall and class accuracy:
 BATCH = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reference:
     """Statistics of `n` real images under one extractor.
 
@@ -146,22 +146,24 @@ def build_reference(
     Raises: UserError if the number of images is not `total`.
     """
     pool, spatial = MomentSums(extractor.dims["pool"]), MomentSums(extractor.dims["spatial"])
-    digest = hashlib.sha256("\n".join((extractor.name, extractor.sha256, extractor.resize, image_rule)).encode())
+    seen_images, seen_labels = hashlib.sha256(), hashlib.sha256()
     rows, row_labels = [], []
     with progress(total=total, desc=f"reference {name}", unit="image") as bar:
         for images, labels in batches:
-            digest.update(images.cpu().contiguous().numpy().tobytes())
+            seen_images.update(images.cpu().contiguous().numpy().tobytes())
             features = extractor(images)
             kept = _is_kept(torch.arange(pool.n, pool.n + len(images)), total)
             pool.add(features["pool"].cpu())
             spatial.add(features["spatial"].cpu())
             rows.append(features["pool"].cpu()[kept])
             if labels is not None:
-                digest.update(labels.cpu().numpy().astype(np.int64).tobytes())
+                seen_labels.update(labels.cpu().long().numpy().tobytes())
                 row_labels.append(labels.cpu().long()[kept])
             bar.update(len(images))
     if pool.n != total:
         raise UserError(f"Reference {name} should have {total} images, the data gave {pool.n}.")
+    rules = (extractor.name, extractor.sha256, extractor.resize, image_rule)
+    identity = "\n".join((*rules, seen_images.hexdigest(), seen_labels.hexdigest()))
     return Reference(
         name=name,
         n=total,
@@ -169,7 +171,7 @@ def build_reference(
         extractor_sha256=extractor.sha256,
         image_rule=image_rule,
         num_logits=extractor.dims["logits"],
-        sha256=digest.hexdigest(),
+        sha256=hashlib.sha256(identity.encode()).hexdigest(),
         pool=pool.moments(),
         spatial=spatial.moments(),
         pool_rows=torch.cat(rows),

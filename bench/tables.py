@@ -12,7 +12,7 @@ from typing import Any
 
 from bench import budget as budgets
 from bench.errors import UserError
-from bench.formats import Cell, TableData, render
+from bench.formats import Cell, TableData, number, render, score_text
 from bench.formats import terminal as terminal  # part of this module's interface, as is render
 from bench.metrics import METRICS, MetricSpec, column
 from bench.registry import nearest
@@ -54,13 +54,10 @@ def build(results: Sequence[Result]) -> TableData:
     for name, spec in specs.items():
         best, rivals = _best(records, name, spec)
         clear = len(rows) > 1 and not rivals
-        scores = [
-            Cell(score_text(record[name], record[f"{name}_ci95"], spec), clear and record is best) for record in records
-        ]
-        grid[f"{name} {'↑' if spec.higher_is_better else '↓'}"] = scores
+        title = f"{name} {'↑' if spec.higher_is_better else '↓'}"
+        grid[title] = [_cell(record, name, spec, bold=clear and record is best) for record in records]
     if frechet:
-        pairs = [(record[f"untrained_{frechet}"], record[f"untrained_{frechet}_ci95"]) for record in records]
-        grid[f"untrained {frechet} ↓"] = [Cell(score_text(*pair, specs[frechet])) for pair in pairs]
+        grid[f"untrained {frechet} ↓"] = [_cell(r, f"untrained_{frechet}", specs[frechet]) for r in records]
     verdict = [_verdict(records, names, *next(iter(specs.items())))] if specs and len(rows) > 1 else []
     notes = (*verdict, describe_protocol(rows[0].protocol), _training(rows), *CONVENTIONS)
     return TableData(tuple(grid), tuple(zip(*grid.values(), strict=True)), notes, tuple(records))
@@ -120,28 +117,20 @@ def score_specs(row: Result) -> dict[str, MetricSpec]:
     return {name: known[name] for name in row.scores}
 
 
-def number(value: float) -> str:
-    """Four significant digits at least; whole numbers below ten million in full."""
-    if value >= 1e7:
-        return f"{value:.3e}".replace("e+", "e")
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def score_text(value: float | None, ci95: float | None, spec: MetricSpec) -> str:
-    """'12.34 ± 0.56', or a dash where there is no score."""
-    return "–" if value is None else f"{value:.{spec.decimals}f} ± {ci95:.{spec.decimals}f}"
-
-
 def _record(row: Result, frechet: str | None, untrained: Result | None) -> dict[str, Any]:
     identity = ("run_id", "model", "size", "data", "recipe", "batch_size", "seed", "weights", "steps")
-    record = {key: getattr(row, key) for key in (*identity, *COSTS) if key != "gflops_ssm"}
-    record["gflops_ssm"] = row.gflops_parts["ssm_kernel"] + row.gflops_parts["fft"]
+    costs = {"gflops_ssm": row.gflops_parts["ssm_kernel"] + row.gflops_parts["fft"]}
+    record = {key: costs[key] if key in costs else getattr(row, key) for key in (*identity, *COSTS)}
     for name, value in row.scores.items():
         record |= {name: value, f"{name}_ci95": row.ci95[name]}
     if frechet:
         record[f"untrained_{frechet}"] = untrained.scores[frechet] if untrained else None
         record[f"untrained_{frechet}_ci95"] = untrained.ci95[frechet] if untrained else None
     return record | {f"protocol_{key}": row.protocol[key] for key in ("name", "version", "num_samples")}
+
+
+def _cell(record: dict[str, Any], name: str, spec: MetricSpec, bold: bool = False) -> Cell:
+    return Cell(score_text(record[name], record[f"{name}_ci95"], spec.decimals), bold)
 
 
 def _best(records: list[dict[str, Any]], name: str, spec: MetricSpec) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -155,7 +144,7 @@ def _best(records: list[dict[str, Any]], name: str, spec: MetricSpec) -> tuple[d
 def _verdict(records: list[dict[str, Any]], names: dict[str, str], name: str, spec: MetricSpec) -> str:
     """The table in one sentence: which model has the best `name`, if the intervals can tell."""
     best, rivals = _best(records, name, spec)
-    leader = f"{names[best['run_id']]} has the best {name} ({score_text(best[name], best[f'{name}_ci95'], spec)})"
+    leader = f"{names[best['run_id']]} has the best {name} ({_cell(best, name, spec).text})"
     if rivals:
         others = ", ".join(names[record["run_id"]] for record in rivals)
         return f"{leader}, but its interval overlaps that of {others}: no verdict."
@@ -204,4 +193,4 @@ def print_comparison(comparison: str, fmt: str, runs: Path) -> None:
         known = sorted({row.comparison for row in stored} - {""})
         hint = nearest(comparison, known) if known else "Make one with: python -m bench compare <name>"
         raise UserError(f"{runs}/results.jsonl has no comparison '{comparison}'. {hint}")
-    print(render(build(latest(results)), fmt))
+    print(render(build(latest(results)), fmt).rstrip())

@@ -24,8 +24,8 @@ from models.autoencoder import latent_shape
 from bench import budget as budgets
 from bench import registry
 from bench.callbacks import EMA, CheckpointAt, TrainingLog
-from bench.config import RunConfig, sources
-from bench.console import is_main_process, say
+from bench.config import WANDB_PROJECT, RunConfig, sources
+from bench.console import is_main_process, quiet_lightning, say
 from bench.errors import UserError
 from bench.files import atomic_write
 from bench.flops import GflopsReport, count
@@ -84,7 +84,7 @@ def train(config: RunConfig, data: Data | None = None, tracker: Tracker | None =
         with atomic_write(directory / "config.yaml") as file:
             file.write(config.to_yaml())
     module = build_module(config, run.spec)
-    tracker = tracker or Tracker(config.tracking.mode, config.tracking.project, directory)
+    tracker = tracker or Tracker(config.tracking, WANDB_PROJECT, directory)
     with tracker.run(config.run_id, group=group, config=asdict(config), job_type="train") as mirror:
         log = TrainingLog(
             directory / "metrics.jsonl",
@@ -120,6 +120,7 @@ def train(config: RunConfig, data: Data | None = None, tracker: Tracker | None =
 
 def build_trainer(config: RunConfig, run: Plan, directory: Path, callbacks: list[L.Callback]) -> L.Trainer:
     """Lightning's Trainer for one run: DDP where there are several processes, EMA, checkpoints at the scored steps."""
+    quiet_lightning()
     machine, checkpoints = config.trainer, directory / "checkpoints"
     return L.Trainer(
         accelerator=machine.accelerator,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from models.noise import START, TRAIN, StepNoise, normal, philox
 from models.process import build_process
 from models.recipe import Recipe, SamplerConfig
+from models.s4d import ssm_parameters
 from models.samplers import guided, run_sampler
 
 
@@ -107,14 +108,15 @@ class DiffusionModule(L.LightningModule):
         return (lambda x, time: self.backbone(x, time, labels)), batch.latents, t, noise
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups: the rest, then S4D's A, B, C, dt (marked `_ssm`) without weight decay and with their own lr.
+        """Optimizer groups: the rest, then S4D's A, B, C, dt without weight decay and with their own lr.
 
         Source: s4 trains them so; DiT's and DiffuSSM's recipes (no decay, lr 1e-4) are unchanged by it.
         """
         optimizer = self.recipe.optimizer
         trainable = [p for p in self.backbone.parameters() if p.requires_grad]
-        ssm = [p for p in trainable if getattr(p, "_ssm", False)]
-        rest = [p for p in trainable if not getattr(p, "_ssm", False)]
+        in_ssm = {id(p) for p in ssm_parameters(self.backbone)}
+        ssm = [p for p in trainable if id(p) in in_ssm]
+        rest = [p for p in trainable if id(p) not in in_ssm]
         groups = [{"params": rest, "lr": optimizer.lr, "weight_decay": optimizer.weight_decay}]
         if ssm:
             groups.append({"params": ssm, "lr": optimizer.ssm_lr or optimizer.lr, "weight_decay": 0.0})

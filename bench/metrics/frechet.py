@@ -18,7 +18,7 @@ from bench.errors import UserError
 from bench.metrics.base import RowMetric, SampleMetric
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Moments:
     """Mean mu (d,) and covariance sigma (d, d) of a feature, float64."""
 

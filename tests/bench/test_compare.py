@@ -32,7 +32,7 @@ SMALL = [
     "eval.num_samples=24",
     "eval.batch_size=8",
     "eval.checkpoints=2",
-    "tracking.mode=off",
+    "tracking=off",
     "trainer.accelerator=cpu",
 ]
 
@@ -117,7 +117,7 @@ TRAINING = [
     "model.depth=1",
     "recipe.batch_size=8",
     "budget.train_gflops=null",
-    "tracking.mode=off",
+    "tracking=off",
     "trainer.accelerator=cpu",
     "trainer.log_every=1",
 ]

@@ -28,7 +28,7 @@ def test_paper_recipe_follows_the_size():
 
 def test_run_id_changes_with_what_is_trained_only():
     base = load_run("digits").run_id
-    for same in ("trainer.devices=2", "paths.runs=elsewhere", "eval.num_samples=7", "tracking.mode=off"):
+    for same in ("trainer.devices=2", "paths.runs=elsewhere", "eval.num_samples=7", "tracking=off"):
         assert load_run("digits", [same]).run_id == base
     for other in ("seed=1", "model.depth=3", "recipe.batch_size=8", "trainer.precision=bf16-mixed"):
         assert load_run("digits", [other]).run_id != base

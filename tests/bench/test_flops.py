@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 
-from bench import registry
+from bench import flops, registry
 from bench.errors import UserError
-from bench.flops import CostRow, GflopsReport, count, print_table, published, published_spec, resolution_series, rows
+from bench.flops import GflopsReport, print_table, published, published_spec, resolution_series, rows, write_figure
 from models.base import BackboneSpec
 
 PIXELS = {"learn_sigma": False, "in_channels": 3}
+
+count = functools.cache(flops.count)  # several tests look at the same backbone, and an XL one takes a second
+
+
+@pytest.fixture(autouse=True)
+def each_backbone_is_counted_once(monkeypatch):
+    monkeypatch.setattr(flops, "count", count)
 
 
 def report(name: str, size: str, resolution: int = 256, **settings: object) -> GflopsReport:
@@ -19,16 +27,14 @@ def report(name: str, size: str, resolution: int = 256, **settings: object) -> G
     return count(name, config, published_spec(name, config, resolution))
 
 
-# Millions of parameters, frozen positions included, and Gflops: counted on the released code of DiT and U-ViT by torch's
-# FlopCounterMode, halved. 256 is ImageNet 256 behind the autoencoder.
+# Millions of parameters, frozen positions included, and Gflops: counted on the released code of DiT and U-ViT by
+# torch's FlopCounterMode, halved.
 @pytest.mark.parametrize(
     "name, size, resolution, params_m, gflops",
     [
         ("dit", "S/2", 256, 32.963, 6.0557),
-        ("dit", "S/8", 256, 33.148, 0.3580),
         ("dit", "B/4", 256, 130.476, 5.5652),
         ("dit", "B/8", 512, 130.918, 5.5935),
-        ("dit", "L/2", 256, 458.103, 80.6976),
         ("dit", "XL/2", 256, 675.130, 118.6214),
         ("dit", "XL/2", 512, 676.014, 524.5383),
         ("uvit", "L/2", 256, 286.763, 76.4562),
@@ -83,3 +89,111 @@ def test_uvit_published_gflops_are_met():
     assert round(large.report.gflops) == large.published - 1 == 76  # printed as 77, counted by fvcore as 76.5
     for row in rows(["uvit/L/4", "uvit/H/2"]):
         assert row.deviation == pytest.approx(0, abs=1e-3)
+
+
+# Millions of parameters, Gflops of the weights, and these with one multiply-add for each complex term of the S4D
+# kernel: counted by torch's FlopCounterMode, halved, on a second implementation of the same layer. The kernel here is
+# a real product over real and imaginary parts, so two real multiply-adds for each complex term.
+@pytest.mark.parametrize(
+    "size, resolution, settings, params_m, weights, with_complex_kernel",
+    [
+        ("XL", 256, {}, 673.088, 276.0017, 278.1911),
+        ("XL", 512, {}, 673.088, 1103.6474, 1112.4051),
+        ("XL", 256, {"M": 4}, 827.127, 177.4775, 179.6669),
+        ("XL", 256, {"M": 1, "patch_size": 2}, 596.110, 118.3629, 118.9103),
+        ("S", 512, {}, 78.086, 122.6401, 125.5594),
+    ],
+)
+def test_diffussm_agrees_with_an_independent_count(size, resolution, settings, params_m, weights, with_complex_kernel):
+    counted = report("diffussm", size, resolution, **settings)
+    assert counted.params_m == pytest.approx(params_m, abs=6e-4)
+    assert counted.gflops_weights == pytest.approx(weights, rel=1e-3)
+    assert counted.gflops_weights + counted.parts["ssm_kernel"] / 2 == pytest.approx(with_complex_kernel, rel=1e-3)
+
+
+def test_diffussm_parts_have_their_closed_forms():
+    depth, width, length, state, ratio = 29, 384, 1024, 64, 2
+    parts, groups = report("diffussm", "S").parts, length // ratio
+    linear = depth * ((10 + 2 * ratio) * width**2 * groups + 3 * width**2)  # a layer, and its modulation
+    linear += 256 * width + width**2 + 2 * width**2 + groups * width * ratio * (4 + 8)  # timestep, both ends
+    assert parts["linear"] * 1e9 == linear
+    assert parts["ssm_kernel"] * 1e9 == depth * 2 * width * length * state
+    transforms = 5 * width  # input; kernel and output of each direction
+    assert parts["fft"] * 1e9 == pytest.approx(depth * transforms * 2.5 * length * math.log2(2 * length))
+
+
+def test_diffussm_is_as_far_from_its_published_gflops_as_its_reading_says():
+    small, large = rows(["diffussm/XL"])
+    assert (small.resolution, small.published, large.resolution, large.published) == (256, 280.3, 512, 1066.2)
+    assert small.deviation == pytest.approx(-0.0153, abs=1e-4)
+    assert large.deviation == pytest.approx(0.0351, abs=1e-4)
+    # Why not both: the published ratio is below 4, and every cost here is at least proportional to the sequence.
+    assert large.published / small.published == pytest.approx(3.804, abs=1e-3)
+    assert large.report.gflops / small.report.gflops > large.report.gflops_weights / small.report.gflops_weights > 3.99
+
+
+def test_the_table_shows_every_part_and_why_512_cannot_match(capsys):
+    print_table(["diffussm/XL"], [512], [])
+    text = capsys.readouterr().out
+    (line,) = [line for line in text.splitlines() if line.startswith("DiffuSSM-XL")]
+    assert line.split() == ["DiffuSSM-XL", "512", "673.088", "1143.399", "17.515", "22.236", "1066.20", "+3.51%"]
+    assert "1066.2 / 280.3 = 3.80 is below 4" in text
+
+
+def test_settings_change_the_cost_and_are_not_compared_with_published():
+    (row,) = rows(["diffussm/S"], [256], ["model.M=4", "model.depth=1"])
+    assert row.published is row.deviation is None
+    expected = count(
+        "diffussm", registry.architecture("diffussm").config("S", depth=1, M=4), BackboneSpec(learn_sigma=True)
+    )
+    assert row.report == expected
+
+
+def test_an_architecture_alone_means_all_its_sizes():
+    sizes = [row.model for row in rows(["uvit"], [64], ["model.depth=2", "model.width=64", "model.heads=2"])]
+    assert sizes == [f"U-ViT-{size}" for size in registry.architecture("uvit").sizes]
+
+
+@pytest.mark.parametrize(
+    "models, resolutions, overrides, words",
+    [
+        (["dit/B/3"], [], [], ["model.size 'B/3' is not a DiT size", "B/2"]),
+        (["dot"], [], [], ["Did you mean dit?"]),
+        (["dit/S/2"], [100], [], ["100", "multiple of 8"]),
+        (["dit/S/2"], [256], ["budget.steps=3"], ["budget.steps=3", "model."]),
+        (["dit/S/2"], [256], ["model.widht=3"], ["model.widht", "width"]),
+    ],
+)
+def test_mistakes_are_sentences(models, resolutions, overrides, words):
+    with pytest.raises(UserError) as error:
+        rows(models, resolutions, overrides)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_published_values_name_their_source_and_their_models_exist():
+    for (name, size, _), row in published().items():
+        assert size in registry.architecture(name).sizes
+        assert row["source"]
+        assert row["confidence"] in ("high", "medium", "low")
+
+
+@pytest.fixture
+def shallow_series(monkeypatch):
+    """The lines of the figure with two layers each: shapes stay, time does not."""
+    shallow = tuple((label, name, settings | {"depth": 2}) for label, name, settings in flops.SERIES)
+    monkeypatch.setattr(flops, "SERIES", shallow)
+
+
+def test_attention_outgrows_the_hourglass_with_resolution(shallow_series):
+    series = {label: dict(points) for label, points in resolution_series([256, 512])}
+    growth = {label: points[512] / points[256] for label, points in series.items()}
+    assert growth["DiffuSSM-XL, M = 1"] == pytest.approx(4, abs=0.1)  # linear in the sequence but for the FFT's log
+    assert growth["DiT-XL, patch 1"] > 5  # quadratic in the sequence where attention dominates
+    for coarser, finer in (("DiT-XL, patch 4", "DiT-XL, patch 2"), ("DiffuSSM-XL, M = 4", "DiffuSSM-XL, M = 2")):
+        assert series[coarser][256] < series[finer][256]
+
+
+def test_the_figure_is_a_png(shallow_series, tmp_path, capsys):
+    write_figure(tmp_path / "gflops.png")
+    assert (tmp_path / "gflops.png").read_bytes().startswith(b"\x89PNG")
+    assert "gflops.png" in capsys.readouterr().out

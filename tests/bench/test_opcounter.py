@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.errors import UserError
 from bench.opcounter import PARTS, count_ops
+from models.s4d import S4D
 
 
 class Lambda(nn.Module):
@@ -99,6 +100,22 @@ def test_fft_convolution_costs_three_transforms_of_twice_the_length():
     length, width = 16, 3
     costs = count_ops(Lambda(convolve), meta(width, length), meta(width, length))
     assert costs == only("fft", 7.5 * length * math.log2(2 * length) * width)
+
+
+def test_s4d_kernel_is_one_real_product_over_the_state_and_its_parts_are_apart():
+    channels, state, length = 3, 8, 36  # a length of a square has no padding in the kernel's two-level product
+    layer = S4D(channels, state, direction="forward").to("meta")
+    costs = count_ops(layer, meta(1, length, channels))
+    assert costs["ssm_kernel"] == channels * length * state
+    assert costs["fft"] == pytest.approx(7.5 * length * math.log2(2 * length) * channels)
+    assert costs["linear"] == costs["attention"] == costs["convolution"] == 0
+
+
+def test_both_directions_share_the_transform_of_the_input():
+    layer = S4D(3, 8, direction="bi").to("meta")
+    costs = count_ops(layer, meta(1, 36, 3))
+    assert costs["ssm_kernel"] == 2 * 3 * 36 * 8
+    assert costs["fft"] == pytest.approx((1 + 2 + 2) * 2.5 * 36 * math.log2(72) * 3)
 
 
 def test_two_dimensional_fft_takes_the_logarithm_of_the_whole_size():

@@ -1,0 +1,213 @@
+"""What every data set shares: the batch, the bundle, and the one order of training.
+
+A position counts the samples consumed since step 0. It alone decides which image is seen (epoch position // n, row
+permutation(seed, epoch)[position % n]) and which posterior noise it gets. Batches run over epoch borders: nothing is
+dropped, none is short. Any number of processes, and any resume, therefore trains on the same samples.
+
+Shapes: B batch, C latent channels, H W latent size, n images of the set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from datamodules.prepare import ImageSource, LatentCache
+
+POSTERIOR, ORDER = 16, 17  # top word of the Philox counter; the streams of models/noise.py lie below 16
+
+
+class Batch(NamedTuple):
+    """One process's share of a global batch."""
+
+    latents: Tensor  # (B,C,H,W) float32, scaled
+    labels: Tensor  # (B,) int64
+    positions: Tensor  # (B,) int64, global samples consumed before this one
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images are seen, through which autoencoder, and where both lie on this machine."""
+
+    name: str = "digits"  # a file of datamodules/
+    resolution: int | None = None  # image side in pixels; None = the set's own
+    subset: int | None = None  # so many images, drawn once without regard to the seed; None = all
+    autoencoder: str = "tiny-digits"  # or identity, or one of the Stable Diffusion autoencoders
+    root: str | None = None  # folder of the raw images; embedded sets need none
+    cache: str | None = None  # folder for trained autoencoders and latent caches
+    autoencoder_path: str | None = None  # weights of a Stable Diffusion autoencoder: folder or file
+    num_workers: int = 0  # loader processes; latents need none (handing a batch over costs more than reading it)
+
+    def __post_init__(self) -> None:
+        if self.subset is not None and self.subset < 1:
+            raise ValueError(f"data.subset is {self.subset}; it must be at least 1, or null for all images.")
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers is {self.num_workers}; it must be 0 or more.")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One file in `datamodules/` ends in `DATASET = DataSet(...)`; the file name is its name."""
+
+    title: str
+    image_size: int  # side in pixels
+    num_classes: int  # 0 = unlabelled
+    image_rule: str  # how a stored picture becomes the square image that is trained on and scored against
+    module: type[LatentDataModule]
+    images: Callable[[DataConfig], tuple[ImageSource, Tensor]]  # -> uint8 (n,3,H,W), labels (n,) int64
+
+
+def subset_rows(count: int, subset: int | None) -> Tensor:
+    """Rows of the images kept, ascending; a random draw, as sets are often sorted by class.
+
+    Raises: ValueError if there are fewer than `subset`.
+    """
+    if subset is None:
+        return torch.arange(count)
+    if subset > count:
+        raise ValueError(f"data.subset is {subset}, but the set has {count} images.")
+    return torch.from_numpy(np.sort(permutation(0, 0, count)[:subset]))
+
+
+@lru_cache(maxsize=4)  # a batch at an epoch's border reads two
+def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of epoch `epoch` -> (count,) int64, a function of (seed, epoch) alone."""
+    order = np.random.Generator(np.random.Philox(key=(seed, epoch), counter=(0, 0, 0, ORDER))).permutation(count)
+    order.setflags(write=False)
+    return order
+
+
+def rows_at(positions: np.ndarray, seed: int, count: int) -> np.ndarray:
+    """Row of the set seen at each position (B,) -> (B,) int64."""
+    epochs, within = np.divmod(positions, count)
+    rows = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        rows[here] = permutation(seed, int(epoch), count)[within[here]]
+    return rows
+
+
+def posterior_eps(seed: int, positions: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal draws of the Philox streams (seed, position) -> (B, *shape) float32.
+
+    One generator is set to each stream in turn: the same numbers as a new generator per position, 4 times faster.
+    """
+    eps = np.empty((len(positions), *shape), np.float32)
+    bits = np.random.Philox(key=(seed, 0), counter=(0, 0, 0, POSTERIOR))
+    generator, state = np.random.Generator(bits), bits.state
+    for row, position in zip(eps, positions.tolist(), strict=True):
+        state["state"]["key"][1] = position
+        bits.state = state
+        generator.standard_normal(dtype=np.float32, out=row)
+    return eps
+
+
+class LatentStream(IterableDataset[Batch]):
+    """The batches of one process, without end, from a given position on."""
+
+    def __init__(
+        self, cache: LatentCache, seed: int, batch_size: int, rank: int, world_size: int, accumulate: int, start: int
+    ) -> None:
+        self.cache, self.seed, self.batch_size = cache, seed, batch_size
+        self.rank, self.world_size, self.accumulate, self.start = rank, world_size, accumulate, start
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)  # the loader reads its workers in turn
+        share = np.arange(self.rank, self.batch_size, self.world_size).reshape(self.accumulate, -1)  # (accumulate, B)
+        for index in count(first, stride):
+            step, part = divmod(index, self.accumulate)
+            yield self.batch(self.start + step * self.batch_size + share[part])
+
+    def batch(self, positions: np.ndarray) -> Batch:
+        """Positions (B,) int64 -> latents (posterior sample - shift) * scale, with their labels."""
+        cache = self.cache
+        rows = rows_at(positions, self.seed, cache.count)
+        mean, logvar = cache.moments(rows)  # (B,C,H,W) each
+        sample = mean + np.exp(0.5 * logvar) * posterior_eps(self.seed, positions, cache.latent_shape)
+        latents = (sample - cache.shift) * cache.scale
+        return Batch(torch.from_numpy(latents), cache.labels[torch.from_numpy(rows)], torch.from_numpy(positions))
+
+
+class LatentDataModule(L.LightningDataModule):
+    """Training batches out of a latent cache; stop by `max_steps`, the loader never ends.
+
+    `batch_size` is global, per optimizer step: process r of W takes positions r, r + W, ... of each batch, cut into
+    `accumulate_grad_batches` parts. Use `Trainer(use_distributed_sampler=False)`.
+    """
+
+    def __init__(self, cache: Path, *, batch_size: int, seed: int = 0, num_workers: int = 0) -> None:
+        super().__init__()
+        self.cache = LatentCache(cache)
+        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
+
+    @property
+    def num_classes(self) -> int:
+        return self.cache.num_classes
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, H, W)"""
+        return self.cache.latent_shape
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels of all images in row order (n,) int64."""
+        return self.cache.labels
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        return self.loader(
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            accumulate=trainer.accumulate_grad_batches,
+            start=self.samples_consumed,
+        )
+
+    def loader(self, *, rank: int = 0, world_size: int = 1, accumulate: int = 1, start: int = 0) -> DataLoader:
+        """The endless loader of process `rank`, from position `start` on.
+
+        Raises: ValueError if the global batch cannot be shared evenly.
+        """
+        parts = world_size * accumulate
+        if self.batch_size < 1 or self.batch_size % parts:
+            raise ValueError(
+                f"batch_size {self.batch_size} is global and must be a multiple of processes x accumulation = "
+                f"{world_size} x {accumulate} = {parts}."
+            )
+        stream = LatentStream(self.cache, self.seed, self.batch_size, rank, world_size, accumulate, start)
+        return DataLoader(stream, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+
+    # --- resume: the trainer's step says where to go on, the checkpoint says what the order was made from ----------
+
+    @property
+    def samples_consumed(self) -> int:
+        """By finished optimizer steps of all processes; loaders may have read ahead. A resumed trainer restores its
+        step before it asks for the loader.
+        """
+        return self.trainer.global_step * self.batch_size
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples_consumed": self.samples_consumed, **self._order()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises: ValueError if this checkpoint's samples came in another order or from other latents."""
+        for key, now in self._order().items():
+            if state_dict[key] != now:
+                raise ValueError(
+                    f"The checkpoint was trained with {key} {state_dict[key]}, this run has {now}. Resume with the "
+                    "same data, seed and batch size, or start a new run."
+                )
+
+    def _order(self) -> dict[str, Any]:
+        return {"batch_size": self.batch_size, "seed": self.seed, "latents": self.cache.fingerprint}
