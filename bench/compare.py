@@ -15,6 +15,7 @@ from bench import budget as budgets
 from bench import metrics, report, tables
 from bench.config import WANDB_PROJECT, Comparison, sources
 from bench.console import is_main_process, say
+from bench.errors import UserError
 from bench.evaluate import evaluate
 from bench.figures import score_against_compute
 from bench.files import atomic_write
@@ -53,16 +54,25 @@ def compare(comparison: Comparison) -> Path:
 
 
 def equal_plans(comparison: Comparison) -> list[Plan]:
-    """The plan of each row. Raises: UserError if the quantity they should share differs by more than 2 %."""
+    """The plan of each row.
+
+    Raises: UserError if the quantity they should share differs by more than 2 %, or they would be sampled differently.
+    """
     plans = [plan(config) for config in comparison.runs]
     rows = [f"{config.use.model} {config.model.size}" for config in comparison.runs]
     spent = [getattr(run.budget, comparison.equal) for run in plans]
     budgets.require_equal(comparison.equal, dict(zip(rows, spent, strict=True)))
+    if len({Sampling.of(config) for config in comparison.runs}) > 1:
+        raise UserError(
+            "The rows' recipes sample differently, so their scores would not share a column. Set eval.sampler.name, "
+            "eval.sampler.steps and eval.cfg_channels, which replace those of the recipes."
+        )
     return plans
 
 
 def write_outputs(comparison: Comparison, results: list[Result], directory: Path, tracker: Tracker) -> None:
     """Table (Markdown, CSV, LaTeX), figures, report and W&B mirror of a finished comparison."""
+    tables.equalised(results, comparison.equal)
     table = tables.build(results)
     for suffix, fmt in (("md", "md"), ("csv", "csv"), ("tex", "latex")):
         with atomic_write(directory / f"table.{suffix}") as file:
@@ -71,11 +81,8 @@ def write_outputs(comparison: Comparison, results: list[Result], directory: Path
     column = metrics.column(comparison.runs[0].eval.metrics[0], extractor)
     figure = directory / "score-against-compute.png"
     score_against_compute(results, column, figure)
-    finals = [
-        result for result in results if result.steps == max(r.steps for r in results if r.run_id == result.run_id)
-    ]
-    runs_root = Path(comparison.runs[0].paths.runs)
-    grids = {f"{r.title} {r.size}": (runs_root / r.samples).with_name("grid.png") for r in finals}
+    runs_root, names = Path(comparison.runs[0].paths.runs), tables.labels(results)
+    grids = {names[row.run_id]: (runs_root / row.samples).with_name("grid.png") for row in tables.finals(results)}
     configs = {config.run_id: config.to_yaml() for config in comparison.runs}
     report.write_report(
         directory / "report.html",
@@ -101,7 +108,6 @@ NOTES = [
     "Scores whose column names an extractor are not FID: only the Inception network of 2015-12-05 gives FID.",
     "Gflops count a multiply-add once. Training is three forwards an image; papers that total images x forward print "
     "a third.",
-    "Intervals cover the drawing of the generated samples, not the training seed and not the reference.",
 ]
 
 

@@ -152,7 +152,7 @@ def load_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     a budget given twice.
     """
     path = registry.config_file("run", name)
-    return _build([(path.name, _read(path)), ("command line", _dotlist(overrides))])
+    return _build([(path.name, _read(path)), ("command line", parse_overrides(overrides))])
 
 
 def load_comparison(name: str, overrides: Sequence[str] = ()) -> Comparison:
@@ -164,7 +164,7 @@ def load_comparison(name: str, overrides: Sequence[str] = ()) -> Comparison:
     """
     path = registry.config_file("compare", name)
     shared = _read(path)
-    given = _dotlist(overrides)
+    given = parse_overrides(overrides)
     rows, changes = shared.pop("models", None), given.pop("models", {})
     equal = given.pop("equal", shared.pop("equal", "train_gflops"))
     if equal not in ("train_gflops", "images"):
@@ -225,7 +225,7 @@ def _build(layers: list[tuple[str, dict[str, Any]]]) -> RunConfig:
     recipe: Any = Recipe
     below = [(source, {group: _read(registry.ROOT / source)}) for group, source in _group_files(use)]
     if use.recipe == PAPER:
-        recipe = architecture.module.recipe_for(_model_config(architecture, [*below, *layers]))
+        recipe = architecture.module.recipe_for(model_config(architecture, [*below, *layers]))
     base = OmegaConf.create(
         {
             "use": OmegaConf.structured(use),
@@ -252,7 +252,7 @@ def _build(layers: list[tuple[str, dict[str, Any]]]) -> RunConfig:
         raise UserError(f"{_origin(str(error), [*below, *layers])}: {error}") from None
 
 
-def _model_config(architecture: Any, layers: list[tuple[str, dict[str, Any]]]) -> Any:
+def model_config(architecture: Any, layers: list[tuple[str, dict[str, Any]]]) -> Any:
     """The model's dataclass alone: a paper's recipe may depend on the size."""
     node = OmegaConf.structured(architecture.config)
     for source, values in layers:
@@ -313,7 +313,7 @@ def _read(path: Path) -> dict[str, Any]:
     return values  # type: ignore[return-value]
 
 
-def _dotlist(overrides: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for text in overrides:
         if "=" not in text:
             raise UserError(f"'{text}' is not an override. Write key=value, for example model.size=S/2.")

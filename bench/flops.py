@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench import registry
-from bench.config import _dotlist, _model_config
+from bench.config import model_config, parse_overrides
 from bench.errors import UserError
 from bench.opcounter import count_ops
 from models.base import BackboneSpec
@@ -96,7 +96,7 @@ def rows(models: Sequence[str] = (), resolutions: Sequence[int] = (), overrides:
     Resolutions default to the published ones of a size, else 256. Overrides such as "model.M=4" change every row,
     which then has nothing published beside it. Raises: UserError for an unknown name, size or setting.
     """
-    settings = _dotlist(overrides)
+    settings = parse_overrides(overrides)
     if set(settings) - {"model"}:
         raise UserError(f"{' '.join(overrides)}: only model.<setting>=<value> changes the cost of a forward.")
     printed = published()
@@ -106,7 +106,7 @@ def rows(models: Sequence[str] = (), resolutions: Sequence[int] = (), overrides:
         architecture = registry.architecture(name)
         for size in [named_size] if named_size else architecture.sizes:
             values = {"size": size, **settings.get("model", {})}
-            config = _model_config(architecture, [("command line", {"model": values})])
+            config = model_config(architecture, [("command line", {"model": values})])
             known = [key[2] for key in printed if key[:2] == (name, size) and not settings]
             for resolution in resolutions or known or [256]:
                 report = count(name, config, published_spec(name, config, resolution))

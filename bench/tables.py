@@ -158,7 +158,7 @@ def describe_protocol(p: dict[str, Any]) -> str:
         f"Protocol {p['name']} (version {p['version']}): {p['num_samples']} samples, labels {p['labels']}, "
         f"seed {p['seed']}; sampler {p['sampler']}, {p['sampler_steps']} steps; {guidance}, "
         f"cfg_channels {p['cfg_channels']}; decoder {p['decoder']}; uint8 by {p['quantisation']}; "
-        f"extractor {p['extractor']}, {p['resize']}; reference {p['reference']}."
+        f"extractor {p['extractor']}, {p['resize']}; reference {p['reference']} ({p['reference_n']} images)."
     )
 
 

@@ -19,7 +19,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from models.autoencoder import latent_shape
 
 from bench import budget as budgets
 from bench import registry
@@ -31,6 +30,7 @@ from bench.files import atomic_write
 from bench.flops import GflopsReport, count
 from bench.prepare import Data, prepare_data
 from bench.tracking import Tracker
+from models.autoencoder import latent_shape
 from models.base import BackboneSpec, DiffusionModule
 
 

@@ -235,82 +235,6 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-# --- building and loading -------------------------------------------------------------------------------------------
-
-
-def _build(arguments: dict[str, Any], seed: int) -> Any:
-    """A diffusers AutoencoderKL with seeded initial weights; the global random state stays as it was."""
-    from diffusers import AutoencoderKL  # imports for seconds; pixel-space runs do without
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoencoderKL(**arguments)
-
-
-def _tiny_arguments(config: TinyConfig, side: int) -> dict[str, Any]:
-    stages = len(config.channels)
-    return {
-        "in_channels": 3,
-        "out_channels": 3,
-        "down_block_types": ("DownEncoderBlock2D",) * stages,
-        "up_block_types": ("UpDecoderBlock2D",) * stages,
-        "block_out_channels": config.channels,
-        "layers_per_block": 1,
-        "latent_channels": config.latent_channels,
-        "norm_num_groups": config.groups,
-        "sample_size": side,
-    }
-
-
-def _load_tiny(name: str, folder: Path) -> Autoencoder:
-    """Raises: ValueError if the folder is incomplete, or its weights are not those its card was written for."""
-    if not (folder / CARD).exists() or not (folder / WEIGHTS).exists():
-        raise ValueError(f"{folder} holds no {name} autoencoder: {_expected(name)}.")
-    card = json.loads((folder / CARD).read_text())
-    training = {key: tuple(v) if isinstance(v, list) else v for key, v in card["training"].items()}
-    net = _build(_tiny_arguments(TinyConfig(**training), card["images"]["side"]), card["seed"])
-    net.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
-    autoencoder = Autoencoder(name, net, 4, card["scale"], card["shift"])
-    if autoencoder.sha256 != card["sha256"]:
-        raise ValueError(
-            f"{folder / WEIGHTS} is not the file its card was written for. Remove {folder} to train again."
-        )
-    return autoencoder
-
-
-def _load_sd(name: str, path: Path) -> Autoencoder:
-    """Stable Diffusion's kl-f8 from a diffusers folder or a weights file, on this machine.
-
-    Raises: ValueError if the file is missing, or its keys are not those of this network.
-    """
-    files = [path / file for file in SD_FILES] if path.is_dir() else [path]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        raise ValueError(f"{path} holds no weights of {name}: {_expected(name)}.")
-    if file.suffix == ".safetensors":
-        state = safetensors.torch.load_file(file)
-    else:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    for old, new in SD_RENAMED.items():
-        state = {key.replace(old, new): value for key, value in state.items()}
-    net = _build(SD_CONFIG, seed=0)
-    missing, unexpected = (set(net.state_dict()) - set(state)), (set(state) - set(net.state_dict()))
-    if missing or unexpected:
-        raise ValueError(
-            f"{file} is not {name} in diffusers' layout: {len(missing)} keys are missing ({', '.join(sorted(missing)[:2])}, "
-            f"...), {len(unexpected)} are unknown ({', '.join(sorted(unexpected)[:2])}, ...)."
-        )
-    net.load_state_dict(state)
-    return Autoencoder(name, net, 8, (SD_SCALE,) * 4, (0.0,) * 4)
-
-
-def _expected(name: str) -> str:
-    """The files an autoencoder is read from."""
-    if name in SD_NAMES:
-        return f"give data.autoencoder_path, a folder with {' or '.join(SD_FILES)}, or such a file"
-    return f"its folder should hold {WEIGHTS} and {CARD}"
-
-
 def _tiny_arguments(config: TinyConfig, side: int) -> dict[str, Any]:
     """diffusers' arguments for a `TinyConfig`; the middle attention is left out, as 8x8 positions gain little from it."""
     levels = len(config.channels)
@@ -323,8 +247,8 @@ def _tiny_arguments(config: TinyConfig, side: int) -> dict[str, Any]:
         "layers_per_block": 1,
         "latent_channels": config.latent_channels,
         "norm_num_groups": config.groups,
-        "sample_size": side,
         "mid_block_add_attention": False,
+        "sample_size": side,
     }
 
 

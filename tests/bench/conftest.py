@@ -27,6 +27,7 @@ PROTOCOL = {
     "extractor_sha256": "bb22",
     "resize": "bilinear to 224",
     "reference": "digits",
+    "reference_n": 5000,
     "reference_sha256": "cc33",
 }
 

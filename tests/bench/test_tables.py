@@ -22,7 +22,7 @@ MARKDOWN = """\
 
 DiffuSSM-T has the best fd[effnet-lite0] (58.00 ± 1.25); its interval overlaps no other's.
 
-Protocol digits500 (version 1): 500 samples, labels balanced, seed 0; sampler ddim, 25 steps; cfg_scale 1 (unguided), cfg_channels all; decoder kl-f4; uint8 by DiT's rule; extractor effnet-lite0, bilinear to 224; reference digits.
+Protocol digits500 (version 1): 500 samples, labels balanced, seed 0; sampler ddim, 25 steps; cfg_scale 1 (unguided), cfg_channels all; decoder kl-f4; uint8 by DiT's rule; extractor effnet-lite0, bilinear to 224; reference digits (5000 images).
 
 Training: data digits, recipe digits, batch_size 96, seed 0, weights ema. Training Gflops differ by 0.00 %.
 

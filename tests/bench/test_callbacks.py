@@ -1,0 +1,76 @@
+"""EMA, checkpoints and the log around a small real training."""
+
+from __future__ import annotations
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from bench.callbacks import EMA, CheckpointAt
+
+
+class Line(L.LightningModule):
+    """One weight that moves by -0.1 a step (SGD on the sum of weights)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0]))
+
+    def training_step(self, batch, batch_idx):
+        return self.weight.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.zeros(100), batch_size=1)
+
+
+def fit(directory, steps, callbacks, ckpt_path=None, accumulate=1):
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        callbacks=callbacks,
+        accumulate_grad_batches=accumulate,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=directory,
+    )
+    trainer.fit(Line(), ckpt_path=ckpt_path, weights_only=True)
+
+
+def expected_average(steps: int, decay) -> float:
+    """The recursion of DiT's training script, from the initial weight on."""
+    average, weight = 1.0, 1.0
+    for n in range(1, steps + 1):
+        weight -= 0.1
+        average = decay(n) * average + (1 - decay(n)) * weight
+    return average
+
+
+@pytest.mark.parametrize("warmup, decay", [(False, lambda n: 0.8), (True, lambda n: min(0.8, (1 + n) / (10 + n)))])
+def test_ema_follows_the_recursion_from_the_initial_weights(tmp_path, warmup, decay):
+    fit(tmp_path, 9, [EMA(0.8, warmup), CheckpointAt(tmp_path, [4, 9])])
+    for steps in (4, 9):
+        checkpoint = torch.load(tmp_path / f"step-{steps:08d}.ckpt", weights_only=True)
+        assert checkpoint["state_dict"]["weight"].item() == pytest.approx(expected_average(steps, decay), rel=1e-5)
+        assert checkpoint["current_model_state"]["weight"].item() == pytest.approx(1 - 0.1 * steps, rel=1e-5, abs=1e-6)
+
+
+def test_ema_goes_on_after_a_resume(tmp_path):
+    fit(tmp_path / "whole", 8, [EMA(0.9, True), CheckpointAt(tmp_path / "whole", [8])])
+    fit(tmp_path / "part", 5, [EMA(0.9, True), CheckpointAt(tmp_path / "part", [5])])
+    part = tmp_path / "part"
+    fit(part, 8, [EMA(0.9, True), CheckpointAt(part, [5, 8])], ckpt_path=part / "step-00000005.ckpt")
+    whole, resumed = (torch.load(tmp_path / d / "step-00000008.ckpt", weights_only=True) for d in ("whole", "part"))
+    for key in ("state_dict", "current_model_state"):
+        assert torch.equal(whole[key]["weight"], resumed[key]["weight"])
+
+
+def test_checkpoints_count_optimizer_steps_not_micro_batches(tmp_path):
+    fit(tmp_path, 4, [EMA(0.9, False), CheckpointAt(tmp_path, [2, 4])], accumulate=3)
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step-00000002.ckpt", "step-00000004.ckpt"]
