@@ -180,17 +180,8 @@ def load_comparison(name: str, overrides: Sequence[str] = ()) -> Comparison:
     for label, row in rows.items():
         row, change = dict(row or {}), dict(changes.get(label) or {})
         architecture = change.pop("architecture", row.pop("architecture", label))
-        this = OmegaConf.to_container(OmegaConf.merge(shared, {"use": {"model": architecture}}))
-        runs.append(
-            _build(
-                [
-                    (path.name, this),
-                    (path.name, {"model": row}),
-                    ("command line", given),
-                    ("command line", {"model": change}),
-                ]
-            )
-        )
+        layers = [(path.name, shared), (path.name, {"model": row}), ("command line", given)]
+        runs.append(_build([*layers, ("command line", {"use": {"model": architecture}, "model": change})]))
     return Comparison(path.stem, equal, tuple(runs))
 
 

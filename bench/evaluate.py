@@ -38,7 +38,7 @@ class EvaluationModule(L.LightningModule):
         """scorer None: only draw the samples."""
         super().__init__()
         self.module, self.autoencoder, self.files = module, data.autoencoder, files
-        self.extractor = scorer.extractor if scorer else None
+        self.extractor: Any = scorer.extractor if scorer else None
         self.specs = scorer.metrics if scorer else ()
         n = files.sampling.num_samples
         self.metrics = torch.nn.ModuleList(spec.build(scorer.reference, n) for spec in self.specs) if scorer else ()
@@ -67,13 +67,13 @@ class EvaluationModule(L.LightningModule):
         if self.extractor is not None:
             features = self.extractor(images)
             for spec, metric in zip(self.specs, self.metrics, strict=True):
-                metric.update(features[spec.feature], torch.tensor(block), labels)
+                metric.update(features[spec.feature], torch.tensor(block), labels)  # type: ignore[operator]
         self._bar.update(len(block) * self.trainer.world_size)
 
     def on_test_epoch_end(self) -> None:
         self._bar.close()
         for spec, metric in zip(self.specs, self.metrics, strict=True):
-            self.scores[metrics.column(spec.name, self.extractor.name)] = metric.compute()
+            self.scores[metrics.column(spec.name, self.extractor.name)] = metric.compute()  # type: ignore[operator]
         self.trainer.strategy.barrier("samples")  # every block of every process is on disk
         if self.trainer.is_global_zero:
             self.files.finish(self.module.spec.num_classes)

@@ -108,10 +108,9 @@ class SampleFiles:
             blocks = self.sampling.blocks()
             images = np.concatenate([np.load(self._block_path(b), allow_pickle=False) for b in blocks])
             labels = self.sampling.draw_labels(range(len(images)), num_classes)
-            arrays = {"arr_0": images} | ({"labels": labels.numpy()} if labels is not None else {})
             write_grid(self.grid, images, labels)
             with atomic_write(self.path, "wb") as file:
-                np.savez(file, **arrays)
+                np.savez(file, arr_0=images, **({"labels": labels.numpy()} if labels is not None else {}))  # type: ignore[arg-type]
         shutil.rmtree(self.directory / "blocks", ignore_errors=True)
 
     def _block_path(self, block: range) -> Path:

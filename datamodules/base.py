@@ -166,7 +166,7 @@ class LatentDataModule(L.LightningDataModule):
         return self.cache.labels
 
     def train_dataloader(self) -> DataLoader:
-        trainer = self.trainer
+        trainer = self._trainer()
         return self.loader(
             rank=trainer.global_rank,
             world_size=trainer.world_size,
@@ -195,7 +195,7 @@ class LatentDataModule(L.LightningDataModule):
         """By finished optimizer steps of all processes; loaders may have read ahead. A resumed trainer restores its
         step before it asks for the loader.
         """
-        return self.trainer.global_step * self.batch_size
+        return self._trainer().global_step * self.batch_size
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples_consumed": self.samples_consumed, **self._order()}
@@ -208,6 +208,11 @@ class LatentDataModule(L.LightningDataModule):
                     f"The checkpoint was trained with {key} {state_dict[key]}, this run has {now}. Resume with the "
                     "same data, seed and batch size, or start a new run."
                 )
+
+    def _trainer(self) -> L.Trainer:
+        if self.trainer is None:
+            raise ValueError("This data module has no trainer yet: pass it to Trainer.fit, or use its loader().")
+        return self.trainer
 
     def _order(self) -> dict[str, Any]:
         return {"batch_size": self.batch_size, "seed": self.seed, "latents": self.cache.fingerprint}

@@ -1,8 +1,8 @@
 """Images -> latent cache: the autoencoder's posterior moments, written once and read in every epoch.
 
 A cache is a folder: `moments-00000.safetensors`, ... (mean, logvar (N,C,H,W); labels (N,)) and `manifest.json`, written
-last. Shards already there are kept, so an interrupted preparation goes on where it stopped. The posterior is stored, not
-a sample of it: each epoch sees fresh posterior noise, as with the autoencoder in the loop (DiT draws it anew each step).
+last. Shards already there are kept, so an interrupted preparation goes on where it stopped. The posterior is stored,
+not a sample of it: each epoch sees fresh posterior noise, as with the autoencoder in the loop (DiT, U-ViT).
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def prepare_cache(
 ) -> dict[str, Any]:
     """Encode `images` (uint8, (N,3,H,W) by slices) with `labels` (N,) into the cache folder `path` -> manifest.
 
-    `encode` maps uint8 (B,3,H,W) to posterior (mean, logvar), each (B,C,h,w) float. A finished cache of the same meta is
-    left as it is. One process writes; progress shows on a terminal only.
+    `encode` maps uint8 (B,3,H,W) to posterior (mean, logvar), each (B,C,h,w) float. A finished cache of the same meta
+    is left as it is. One process writes; progress shows on a terminal only.
 
     Raises: ValueError if `path` holds a cache made from something else, or images and labels differ in number.
     """
@@ -134,7 +134,9 @@ class LatentCache:
         self.num_classes: int = manifest["num_classes"]
         self.latent_shape: tuple[int, ...] = tuple(manifest["latent_shape"])
         self.fingerprint: str = manifest["fingerprint"]
-        self.scale, self.shift = (np.float32(manifest[key])[:, None, None] for key in ("scale", "shift"))  # (C,1,1)
+        self.scale, self.shift = (
+            np.array(manifest[key], np.float32)[:, None, None] for key in ("scale", "shift")
+        )  # (C,1,1) each
 
         whole = sum(shard["bytes"] for shard in manifest["shards"]) <= read_whole
         shards = []

@@ -75,7 +75,7 @@ class TinyConfig:
 
 
 class Autoencoder(nn.Module):
-    """A frozen autoencoder with its scale. `net` is a diffusers AutoencoderKL; None passes pixels through in [-1, 1]."""
+    """A frozen autoencoder. `net` is a diffusers AutoencoderKL, or None: pixels as latents in [-1, 1]."""
 
     _scale: Tensor
     _shift: Tensor
@@ -93,7 +93,7 @@ class Autoencoder(nn.Module):
         self.name, self.factor, self.latent_channels = name, factor, len(scale)
         self.scale, self.shift = tuple(scale), tuple(shift)  # one value per channel
         self.card = card or {}  # how it was trained, if it was trained here
-        self.net = net.eval().requires_grad_(False) if net is not None else None
+        self.net: Any = net.eval().requires_grad_(False) if net is not None else None
         self.register_buffer("_scale", torch.tensor(self.scale)[:, None, None], persistent=False)  # (C,1,1)
         self.register_buffer("_shift", torch.tensor(self.shift)[:, None, None], persistent=False)
         self.sha256 = weights_sha256(net.state_dict() if net is not None else {})
@@ -231,12 +231,12 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def _tiny_arguments(config: TinyConfig, side: int) -> dict[str, Any]:
-    """diffusers' arguments for a `TinyConfig`; the middle attention is left out, as 8x8 positions gain little from it."""
+    """diffusers' arguments for a `TinyConfig`, without the attention in the middle."""
     levels = len(config.channels)
     return {
         "in_channels": 3,

@@ -298,9 +298,7 @@ def test_initialisation():
     ids=str,
 )
 def test_every_variant_depends_on_all_its_inputs_and_weights(changes):
-    net = randomized(
-        replace(TINY, h=None, bi_merge=None, g=None, ssm_out_linear=None, cond=changes.pop("cond", None), **changes)
-    )
+    net = randomized(DiffuSSMConfig(size="T", depth=3, width=32, d_state=8, **changes))
     x, t, y = inputs()
     x.requires_grad_()
     out = net(x, t, y)
