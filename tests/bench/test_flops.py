@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import math
+from pathlib import Path
 
 import pytest
 
@@ -11,8 +13,6 @@ from bench import flops, registry
 from bench.errors import UserError
 from bench.flops import GflopsReport, print_table, published, published_spec, resolution_series, rows, write_figure
 from models.base import BackboneSpec
-
-PIXELS = {"learn_sigma": False, "in_channels": 3}
 
 count = functools.cache(flops.count)  # several tests look at the same backbone, and an XL one takes a second
 
@@ -27,40 +27,27 @@ def report(name: str, size: str, resolution: int = 256, **settings: object) -> G
     return count(name, config, published_spec(name, config, resolution))
 
 
-# Millions of parameters, frozen positions included, and Gflops: counted on the released code of DiT and U-ViT by
-# torch's FlopCounterMode, halved.
-@pytest.mark.parametrize(
-    "name, size, resolution, params_m, gflops",
-    [
-        ("dit", "S/2", 256, 32.963, 6.0557),
-        ("dit", "B/4", 256, 130.476, 5.5652),
-        ("dit", "B/8", 512, 130.918, 5.5935),
-        ("dit", "XL/2", 256, 675.130, 118.6214),
-        ("dit", "XL/2", 512, 676.014, 524.5383),
-        ("uvit", "L/2", 256, 286.763, 76.4562),
-        ("uvit", "H/2", 256, 500.832, 133.1967),
-        ("uvit", "H/4", 512, 500.943, 133.2251),
-    ],
-)
-def test_counts_agree_with_the_released_code(name, size, resolution, params_m, gflops):
-    counted = report(name, size, resolution)
-    assert counted.gflops == pytest.approx(gflops, rel=1e-3)
-    assert counted.params_total_m == pytest.approx(params_m, abs=6e-4)
+# Every row was counted by torch's FlopCounterMode, halved, on the released code of DiT and U-ViT and on a second
+# implementation of DiffuSSM's layer. counted: all ops; the weights alone; or these and one multiply-add for each
+# complex term of the S4D kernel, which here is a real product, two real multiply-adds a term.
+with (Path(__file__).parent.parent / "golden" / "gflops.csv").open(newline="") as file:
+    COUNTED = list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize(
-    "size, spec, params_m, gflops",
-    [
-        ("S/2", BackboneSpec(latent_size=32, num_classes=0, **PIXELS), 44.255, 12.2008),  # CIFAR-10
-        ("S/4", BackboneSpec(latent_size=64, num_classes=0, **PIXELS), 44.292, 12.2105),  # CelebA
-        ("M/4", BackboneSpec(latent_size=64, null_label=False, **PIXELS), 130.940, 35.2358),  # ImageNet 64
-        ("L/4", BackboneSpec(latent_size=64, null_label=False, **PIXELS), 286.828, 76.4732),  # ImageNet 64
-    ],
-)
-def test_uvit_on_pixels_agrees_with_the_released_code(size, spec, params_m, gflops):
-    counted = count("uvit", registry.architecture("uvit").config(size=size), spec)
-    assert counted.gflops == pytest.approx(gflops, rel=1e-3)
-    assert counted.params_total_m == counted.params_m == pytest.approx(params_m, abs=6e-4)
+@pytest.mark.parametrize("row", COUNTED, ids=lambda r: "-".join([r["name"], r["size"], r["latent_size"], r["counted"]]))
+def test_every_size_agrees_with_an_independent_count(row):
+    settings = {key: int(row[key]) for key in ("M", "patch_size") if row[key]}
+    spec = BackboneSpec(
+        in_channels=int(row["channels"]),
+        latent_size=int(row["latent_size"]),
+        num_classes=int(row["num_classes"]),
+        learn_sigma=row["name"] != "uvit",
+        null_label=row["null_label"] == "true",
+    )
+    counted = count(row["name"], registry.architecture(row["name"]).config(row["size"], **settings), spec)
+    kernel = {"all": counted.parts["ssm_kernel"], "weights": 0, "complex_kernel": counted.parts["ssm_kernel"] / 2}
+    assert counted.gflops_weights + kernel[row["counted"]] == pytest.approx(float(row["gflops"]), rel=1e-3)
+    assert counted.params_total_m == pytest.approx(float(row["params_m"]), abs=6e-4)
 
 
 def test_dit_parts_have_their_closed_forms():
@@ -89,26 +76,6 @@ def test_uvit_published_gflops_are_met():
     assert round(large.report.gflops) == large.published - 1 == 76  # printed as 77, counted by fvcore as 76.5
     for row in rows(["uvit/L/4", "uvit/H/2"]):
         assert row.deviation == pytest.approx(0, abs=1e-3)
-
-
-# Millions of parameters, Gflops of the weights, and these with one multiply-add for each complex term of the S4D
-# kernel: counted by torch's FlopCounterMode, halved, on a second implementation of the same layer. The kernel here is
-# a real product over real and imaginary parts, so two real multiply-adds for each complex term.
-@pytest.mark.parametrize(
-    "size, resolution, settings, params_m, weights, with_complex_kernel",
-    [
-        ("XL", 256, {}, 673.088, 276.0017, 278.1911),
-        ("XL", 512, {}, 673.088, 1103.6474, 1112.4051),
-        ("XL", 256, {"M": 4}, 827.127, 177.4775, 179.6669),
-        ("XL", 256, {"M": 1, "patch_size": 2}, 596.110, 118.3629, 118.9103),
-        ("S", 512, {}, 78.086, 122.6401, 125.5594),
-    ],
-)
-def test_diffussm_agrees_with_an_independent_count(size, resolution, settings, params_m, weights, with_complex_kernel):
-    counted = report("diffussm", size, resolution, **settings)
-    assert counted.params_m == pytest.approx(params_m, abs=6e-4)
-    assert counted.gflops_weights == pytest.approx(weights, rel=1e-3)
-    assert counted.gflops_weights + counted.parts["ssm_kernel"] / 2 == pytest.approx(with_complex_kernel, rel=1e-3)
 
 
 def test_diffussm_parts_have_their_closed_forms():
