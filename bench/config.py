@@ -281,15 +281,18 @@ def _object(merged: Any, key: str) -> Any:
 
 
 def _origin(message: str, layers: list[tuple[str, dict[str, Any]]]) -> str:
-    """The last source that sets the key a message starts with ('model.size ...'), for the reader to open."""
-    keys = message.split(maxsplit=1)[0].split(".")
-    for source, values in reversed(layers):
-        value: Any = values
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is not None:
-            return source
-    return layers[-1][0] if len(layers) == 1 else layers[-2][0]
+    """The last source that sets the key a message starts with ('sampler.name ...'), for the reader to open."""
+    key = message.split(maxsplit=1)[0]
+    setting = [source for source, values in layers if any(f".{path}".endswith(f".{key}") for path in _paths(values))]
+    return setting[-1] if setting else layers[-1][0]
+
+
+def _paths(values: dict[str, Any]) -> list[str]:
+    """The dotted keys of all leaves."""
+    found = []
+    for key, value in values.items():
+        found += [f"{key}.{path}" for path in _paths(value)] if isinstance(value, dict) else [str(key)]
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:

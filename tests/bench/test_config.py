@@ -13,7 +13,7 @@ from models.uvit import UViTModule
 def test_later_sources_win():
     config = load_run("digits", ["recipe.optimizer.lr=0.5", "model.depth=3"])
     assert config.recipe.optimizer.lr == 0.5  # command line over configs/recipe/digits.yaml
-    assert config.recipe.sampler.name == "dpm_solver_pp"  # configs/recipe/digits.yaml over the default of models/recipe.py
+    assert config.recipe.sampler.name == "dpm_solver_pp"  # configs/recipe/digits.yaml over models/recipe.py
     assert config.model.size == "T/2"  # the run file
     assert (config.model.depth, config.model.width) == (3, 128)  # an override of one part; the size fills the rest
 
