@@ -97,6 +97,9 @@ def write_outputs(comparison: Comparison, results: list[Result], directory: Path
     with tracker.run(
         directory.name, group=comparison.name, config={"runs": sorted(configs)}, job_type="compare"
     ) as mirror:
+        for row in results:
+            scores = {f"{names[row.run_id]}/{name}": value for name, value in row.scores.items()}
+            mirror.log({"train/step": row.steps, "train_gflops": row.train_gflops, **scores})
         mirror.log_table("results", pd.json_normalize([asdict(result) for result in results], sep="."))
         mirror.log_image("score against compute", figure)
         for title, grid in grids.items():

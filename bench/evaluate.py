@@ -244,5 +244,8 @@ def _run(
         enable_checkpointing=False,
         default_root_dir=config.directory,
     )
-    trainer.test(evaluation, verbose=False)
+    try:
+        trainer.test(evaluation, verbose=False)
+    except SystemExit:  # Lightning's answer to Ctrl-C and SIGTERM
+        raise KeyboardInterrupt from None
     return trainer.world_size, files, evaluation.scores

@@ -24,7 +24,7 @@ from bench.features import FeatureExtractor, build_extractor
 from bench.reference import Reference, build_reference
 from datamodules.base import DataSet, LatentDataModule
 from datamodules.prepare import CacheMeta, prepare_cache
-from models.autoencoder import SD_NAMES, Autoencoder, AutoencoderConfig, load_autoencoder
+from models.autoencoder import CARD, SD_NAMES, Autoencoder, AutoencoderConfig, load_autoencoder
 
 REFERENCE_BATCH = 100  # images per forward of the extractor
 
@@ -61,6 +61,8 @@ def prepare_data(config: RunConfig) -> Data:
     name = settings.autoencoder
     trained_here = name not in SD_NAMES and name != "identity"
     path = str(cache / "autoencoder") if trained_here else settings.autoencoder_path
+    if trained_here and not (cache / "autoencoder" / CARD).exists():
+        say(f"autoencoder: training it on {len(images)} images of {config.use.data}, once")
     try:
         autoencoder = load_autoencoder(
             AutoencoderConfig(name, path), images=lambda: images[:], progress=is_main_process()

@@ -18,7 +18,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from bench import budget as budgets
 from bench import registry
@@ -99,12 +99,12 @@ def train(config: RunConfig, data: Data | None = None, tracker: Tracker | None =
         if resume is not None:
             say(f"  resuming from {resume}")
         _write_state(directory, state="running", steps=run.budget.steps)
-        trainer.fit(module, datamodule=data.module(config), ckpt_path=resume, weights_only=True)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+        try:
+            trainer.fit(module, datamodule=data.module(config), ckpt_path=resume, weights_only=True)
+        except SystemExit:  # Lightning's answer to Ctrl-C and SIGTERM
+            raise KeyboardInterrupt from None
     if is_main_process():
-        for leftover in ("last.ckpt", "interrupted.ckpt"):
-            (directory / "checkpoints" / leftover).unlink(missing_ok=True)
+        (directory / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
     _write_state(
         directory,
         state="finished",
@@ -137,6 +137,7 @@ def build_trainer(config: RunConfig, run: Plan, directory: Path, callbacks: list
             EMA(config.recipe.ema_decay, config.recipe.ema_warmup),
             *callbacks,
             CheckpointAt(checkpoints, run.checkpoint_steps),
+            # Not at an interrupt as well: that may come in the middle of a step, and the resumed run would differ.
             ModelCheckpoint(
                 checkpoints,
                 filename="last",
@@ -144,7 +145,6 @@ def build_trainer(config: RunConfig, run: Plan, directory: Path, callbacks: list
                 train_time_interval=timedelta(minutes=machine.checkpoint_minutes),
                 enable_version_counter=False,
             ),
-            OnExceptionCheckpoint(checkpoints, filename="interrupted"),
         ],
         logger=False,
         enable_progress_bar=False,

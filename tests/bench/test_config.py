@@ -15,7 +15,7 @@ def test_later_sources_win():
     assert config.recipe.optimizer.lr == 0.5  # command line over configs/recipe/digits.yaml
     assert config.recipe.sampler.name == "dpm_solver_pp"  # configs/recipe/digits.yaml over models/recipe.py
     assert config.model.size == "T/2"  # the run file
-    assert (config.model.depth, config.model.width) == (3, 128)  # an override of one part; the size fills the rest
+    assert (config.model.depth, config.model.width) == (3, 64)  # an override of one part; the size fills the rest
 
 
 def test_paper_recipe_follows_the_size():
