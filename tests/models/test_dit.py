@@ -122,13 +122,13 @@ def test_xl2_has_the_292_tensors_of_the_released_weights_and_512_changes_the_pos
 
 
 def test_output_is_exactly_zero_at_initialisation():
-    net = DiT(DiTConfig(size="T/2"), SMALL)
+    net = DiT(DiTConfig(size="T/2", width=128, heads=4), SMALL)
     assert not net(torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 10])).any()
 
 
 def test_initialisation_of_embeddings_and_linears():
     torch.manual_seed(0)
-    net = DiT(DiTConfig(size="T/2"), SMALL)
+    net = DiT(DiTConfig(size="T/2", width=128, heads=4), SMALL)
     for table in (net.y_embedder.embedding_table, net.t_embedder.mlp[0], net.t_embedder.mlp[2]):
         assert table.weight.std().item() == pytest.approx(0.02, rel=0.05)
     qkv, patch = net.blocks[0].attn.qkv.weight, net.x_embedder.proj.weight  # Xavier: +-sqrt(6 / (fan in + fan out))
@@ -149,7 +149,7 @@ def test_unconditional_equals_a_label_embedding_of_zero():
 
 
 def test_without_null_label_the_table_has_one_row_per_class():
-    net = DiT(DiTConfig(size="T/2"), BackboneSpec(latent_size=8, num_classes=10, null_label=False))
+    net = DiT(DiTConfig(size="T/2", width=128, heads=4), BackboneSpec(latent_size=8, num_classes=10, null_label=False))
     assert net.y_embedder.embedding_table.weight.shape == (10, 128)
 
 

@@ -30,7 +30,7 @@ GOLDEN = {
     ),
 }
 CONDITIONAL = ["uvit_cond", "uvit_noconv_noskip"]
-TINY = UViTConfig(size="T/2")
+TINY = UViTConfig(size="T/2", width=128, heads=4)
 SMALL = BackboneSpec(latent_size=8, num_classes=10)
 
 # (size, ends, parameters in millions)
@@ -156,7 +156,7 @@ def test_skips_are_last_in_first_out():
 
 @pytest.mark.parametrize("conv", [True, False])
 def test_learned_sigma_doubles_the_channels_in_decoder_and_convolution(conv):
-    config = UViTConfig(size="T/2", conv=conv)
+    config = UViTConfig(size="T/2", width=128, heads=4, conv=conv)
     state = UViT(config, BackboneSpec(latent_size=8, num_classes=10, learn_sigma=True)).state_dict()
     assert state["decoder_pred.weight"].shape == (2 * 2 * 8, 128)
     assert ("final_layer.weight" in state) == conv
@@ -167,7 +167,10 @@ def test_learned_sigma_doubles_the_channels_in_decoder_and_convolution(conv):
 @pytest.mark.parametrize("conv", [True, False])
 def test_learned_sigma_leaves_the_noise_channels_as_they_were(conv):
     """With the variance half's weights set aside, channels 0..C-1 are the network without learned variance."""
-    config, spec = UViTConfig(size="T/2", conv=conv), BackboneSpec(latent_size=8, num_classes=10, learn_sigma=True)
+    config, spec = (
+        UViTConfig(size="T/2", width=128, heads=4, conv=conv),
+        BackboneSpec(latent_size=8, num_classes=10, learn_sigma=True),
+    )
     wide, narrow = UViT(config, spec), UViT(config, SMALL)
     state = wide.state_dict()
     noise = torch.arange(32).view(2, 2, 8)[..., :4].flatten()  # decoder rows (row, column, channel fastest)
