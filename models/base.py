@@ -124,7 +124,7 @@ class DiffusionModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         config = self.recipe.optimizer
-        optimizer = torch.optim.AdamW(self.param_groups(), lr=config.lr, betas=config.betas)
+        optimizer = torch.optim.AdamW(self.param_groups(), lr=config.lr, betas=config.betas, fused=True)
         warmup = config.warmup_steps
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, k / warmup) if warmup else 1.0)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
