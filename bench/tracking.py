@@ -121,10 +121,6 @@ class Mirror:
 
         self._tracker.attempt(log)
 
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Final values, which W&B shows beside a run's name."""
-        self._tracker.attempt(lambda: self._run.summary.update(dict(values)))
-
 
 def _has_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):

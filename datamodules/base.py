@@ -39,12 +39,9 @@ class Batch(NamedTuple):
 class DataConfig:
     """Which images are seen, through which autoencoder, and where both lie on this machine."""
 
-    name: str = "digits"  # a file of datamodules/
     resolution: int | None = None  # image side in pixels; None = the set's own
     subset: int | None = None  # so many images, drawn once without regard to the seed; None = all
     autoencoder: str = "tiny-digits"  # or identity, or one of the Stable Diffusion autoencoders
-    root: str | None = None  # folder of the raw images; embedded sets need none
-    cache: str | None = None  # folder for trained autoencoders and latent caches
     autoencoder_path: str | None = None  # weights of a Stable Diffusion autoencoder: folder or file
     num_workers: int = 0  # loader processes; latents need none (handing a batch over costs more than reading it)
 

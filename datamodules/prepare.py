@@ -84,7 +84,7 @@ def prepare_cache(
             differing = [f"{k} {manifest.get(k)!r}, now {v!r}" for k, v in identity.items() if manifest.get(k) != v]
             raise ValueError(
                 f"The latent cache {path} was made from other data: {'; '.join(differing) or 'the labels differ'}. "
-                "Remove that folder, or give another data.cache."
+                "Remove that folder, or give another paths.cache."
             )
         return manifest
 

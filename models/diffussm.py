@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from models.base import Architecture, BackboneSpec, DiffusionModule
 from models.dit import FinalLayer
-from models.layers import LabelEmbedder, TimestepEmbedder, sincos_positions, unpatchify
+from models.layers import (
+    LabelEmbedder,
+    TimestepEmbedder,
+    initialize_embedders,
+    sincos_positions,
+    unpatchify,
+    zero_linears,
+)
 from models.recipe import OptimizerConfig, ProcessConfig, Recipe, SamplerConfig, require, require_positive
 from models.s4d import DISCRETIZATIONS, INITS, S4D
 
@@ -263,16 +270,10 @@ class DiffuSSM(nn.Module):
             if isinstance(module, DiffuSSMBlock):
                 for matrix in module.w_up.weight.chunk(module.M):  # M maps, each with its own fan-out
                     nn.init.xavier_uniform_(matrix)
-        for module in self.t_embedder.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-        if self.y_embedder is not None:
-            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        initialize_embedders(self.t_embedder, self.y_embedder)
         layers = (*self.blocks, self.final_layer)
         adaptive = [layer.adaLN_modulation[1] for layer in layers if layer.adaLN_modulation is not None]
-        for linear in (*adaptive, self.final_layer.linear):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        zero_linears([*adaptive, self.final_layer.linear])
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """x (B, C, H, W), t (B,) on the scale 0..999, y (B,) or None if unconditional -> (B, C_out, H, W)."""

@@ -14,7 +14,15 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from models.base import Architecture, BackboneSpec, DiffusionModule
-from models.layers import LabelEmbedder, TimestepEmbedder, modulate, sincos_positions, unpatchify
+from models.layers import (
+    LabelEmbedder,
+    TimestepEmbedder,
+    initialize_embedders,
+    modulate,
+    sincos_positions,
+    unpatchify,
+    zero_linears,
+)
 from models.recipe import OptimizerConfig, ProcessConfig, Recipe, SamplerConfig
 
 # size -> (depth, width, heads, patch_size); DiT Table 1, patches 2, 4, 8. T/2 is ours, for 28 x 28 digits.
@@ -123,16 +131,9 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # the patches are a linear map, C*P*P to D
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for module in self.t_embedder.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-        if self.y_embedder is not None:
-            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        # Every block starts as the identity and the network's output as 0 (DiT sec. 3.2).
+        initialize_embedders(self.t_embedder, self.y_embedder)
         adaptive = [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
-        for linear in (*adaptive, self.final_layer.linear):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        zero_linears([*adaptive, self.final_layer.linear])
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """x (B, C, H, W), t (B,) on the scale 0..999, y (B,) or None if unconditional -> (B, C_out, H, W)."""

@@ -6,6 +6,7 @@ Shapes: B batch, C latent channels, H W latent size, P patch, L = HW/P^2 tokens,
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,22 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         return self.embedding_table(labels)
+
+
+def initialize_embedders(t_embedder: TimestepEmbedder, y_embedder: LabelEmbedder | None) -> None:
+    """N(0, 0.02) for the timestep MLP's weights and the label table (DiT's released code)."""
+    for module in t_embedder.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+    if y_embedder is not None:
+        nn.init.normal_(y_embedder.embedding_table.weight, std=0.02)
+
+
+def zero_linears(linears: Iterable[nn.Linear]) -> None:
+    """Weights and biases 0: adaLN-Zero makes every block start as the identity, the output as 0 (DiT, sec. 3.2)."""
+    for linear in linears:
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -124,6 +124,17 @@ TRAINING = [
 ]
 
 
+def scores_of(runs: Path) -> dict[str, float]:
+    """The scores of the one run in `runs`, by a fresh process."""
+    run = next(runs.glob("*/config.yaml")).parent
+    process = bench("evaluate", str(run), "eval.num_samples=24", "eval.batch_size=8", "eval.sampler.name=ddim",
+                    "eval.sampler.steps=2")  # fmt: skip
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    (row,) = (json.loads(line) for line in (runs / "results.jsonl").read_text().splitlines())
+    return row["scores"]
+
+
 def final_checkpoint(runs: Path, step: int) -> dict:
     return torch.load(next(runs.glob(f"*/checkpoints/step-{step:08d}.ckpt")), weights_only=True)
 
@@ -153,6 +164,7 @@ def test_killed_and_resumed_equals_never_killed(tmp_path):
             assert torch.equal(value, b[key][name]), f"{key} {name}"
     logged = next(tmp_path.glob("killed/*/metrics.jsonl")).read_text().splitlines()
     assert [json.loads(line)["train/step"] for line in logged] == list(range(1, 401))
+    assert scores_of(tmp_path / "whole") == scores_of(tmp_path / "killed")
 
 
 @pytest.mark.distributed

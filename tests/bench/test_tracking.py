@@ -30,7 +30,6 @@ with tracker.run("dit-t-2-aaaa", group="digits", config={"recipe": {"betas": (0.
     frame = pd.DataFrame([{"model": "dit", "scores.fd": 1.5}, {"model": "uvit", "scores.fd": None}])
     mirror.log_table("results", frame)
     mirror.log_image("samples/DiT T/2", root / "grid.png")
-    mirror.summary({"fd[effnet-lite0]": 61.25})
 try:
     with tracker.run("failed", group="", config={}, job_type="train"):
         raise ZeroDivisionError
@@ -93,7 +92,6 @@ def test_an_offline_run_holds_what_was_logged(offline):
     axes = [record["metric"] for record in records if record["type"] == "metric"]
     assert [(axis.get("glob_name"), axis.get("step_metric")) for axis in axes] == [(None, None), ("*", "train/step")]
     summary = {key: value for record in records for key, value in record.get("summary", {}).get("update", {}).items()}
-    assert summary["fd[effnet-lite0]"] == 61.25
     assert (summary["results.ncols"], summary["results.nrows"]) == (2, 2)
     assert list((directory / "files" / "media" / "images").rglob("*.png"))
 
