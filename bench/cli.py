@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import textwrap
 from pathlib import Path
 
 from bench.errors import UserError
 
+FORMATS = ("terminal", "md", "csv", "latex")
 OVERRIDES = "key=value settings over the config, such as model.size=S/2 budget.train_gflops=2e4"
 
 
 def main() -> None:
     """Run one command; a bad input is one sentence on stderr and exit code 2, Ctrl-C is exit code 130."""
     # Overrides may stand anywhere; argparse would refuse positional arguments behind an option.
-    overrides = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+    overrides = [word for word in sys.argv[1:] if re.match(r"[a-z][\w.]*=", word)]
     args = _parser().parse_args([word for word in sys.argv[1:] if word not in overrides])
     args.overrides = overrides
     try:
@@ -57,9 +59,26 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from bench.evaluate import evaluate_runs, load_trained
+    overrides = [*args.overrides, *([f"eval.reference={args.reference}"] if args.reference else [])]
+    if bool(args.samples) == bool(args.run_directories):
+        raise UserError("Give run directories, or --samples with images that are finished; one of the two.")
+    if args.samples:
+        from bench.config import load_scoring
+        from bench.sample_sets import score_sets
 
-    evaluate_runs([load_trained(path, args.overrides) for path in args.run_directories], step=args.step)
+        score_sets([Path(path) for path in args.samples], load_scoring(overrides), args.format)
+    else:
+        from bench.evaluate import evaluate_runs, load_trained
+
+        configs = [load_trained(path, overrides) for path in args.run_directories]
+        evaluate_runs(configs, step=args.step, fmt=args.format)
+
+
+def reference(args: argparse.Namespace) -> None:
+    from bench.config import load_reference
+    from bench.scorer import write_reference
+
+    write_reference(args.images, Path(args.out), load_reference(args.overrides))
 
 
 def table(args: argparse.Namespace) -> None:
@@ -75,6 +94,12 @@ def flops(args: argparse.Namespace) -> None:
         write_figure(Path(args.figure))
     else:
         print_table(args.models, resolutions=args.resolution, overrides=args.overrides)
+
+
+def perf(args: argparse.Namespace) -> None:
+    from bench.perf import run
+
+    run(args.area, args.rounds, args.only)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,16 +163,40 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(
         evaluate,
-        "Score runs (sampling what is missing) and print one table; scores already stored are not computed again.",
+        "Score runs (sampling what is missing) or anybody's images and print one table; what is stored is not computed "
+        "again, and a pass that was interrupted goes on where it was.",
         """
         python -m bench evaluate runs/dit-t-2-digits-1a2b3c4d
         python -m bench evaluate runs/dit-* runs/uvit-* eval.num_samples=1000
         python -m bench evaluate runs/dit-t-2-digits-1a2b3c4d --step 500
+        python -m bench evaluate --samples admnet_guided.npz my_samples/ --reference VIRTUAL_imagenet256_labeled.npz
+        python -m bench evaluate --samples a.npz b.npz --reference real.npz eval.extractor=effnet-lite0
         """,
     )
-    sub.add_argument("run_directories", nargs="+", metavar="run_directory", help="runs/<run_id>, one or several")
+    sub.add_argument("run_directories", nargs="*", metavar="run_directory", help="runs/<run_id>, one or several")
+    sub.add_argument(
+        "--samples", nargs="+", metavar="PATH", help="finished images: npz (arr_0, uint8 NHWC), folder of PNG, or a run"
+    )
+    sub.add_argument(
+        "--reference", metavar="PATH", help="npz with statistics (ADM's, or of `reference`) or images, or a folder"
+    )
+    sub.add_argument("--format", choices=FORMATS, default="terminal")
     _overrides(sub)
     _step(sub)
+
+    sub = command(
+        reference,
+        "Make a reference from real images: moments for fid and sfid, rows for precision and recall, and the images; "
+        "ADM's evaluator reads the file, too.",
+        """
+        python -m bench reference digits --out digits.npz eval.extractor=effnet-lite0
+        python -m bench reference photos/ --out photos.npz eval.extractor_weights=pt_inception-2015-12-05-6726825d.pth
+        python -m bench reference synthetic --out tiny.npz eval.extractor=random data.subset=50
+        """,
+    )
+    sub.add_argument("images", help="a data set (datamodules/<name>.py), an npz or a folder of PNG files")
+    sub.add_argument("--out", required=True, metavar="NPZ", help="the file to write")
+    _overrides(sub)
 
     sub = command(
         table,
@@ -158,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
         """,
     )
     sub.add_argument("comparison", help="name of the comparison, as in results.jsonl")
-    sub.add_argument("--format", choices=("terminal", "md", "csv", "latex"), default="terminal")
+    sub.add_argument("--format", choices=FORMATS, default="terminal")
     sub.add_argument("--runs", default="runs", help="directory with results.jsonl (default: runs)")
 
     sub = command(
@@ -178,6 +227,18 @@ def _parser() -> argparse.ArgumentParser:
         "--resolution", type=int, nargs="+", help="image side in pixels, behind an autoencoder of factor 8"
     )
     sub.add_argument("--figure", metavar="PNG", help="draw Gflops against resolution instead of printing a table")
+
+    sub = command(
+        perf,
+        "Measure speed beside well-known peers in one run: ratios, memory, and how far the results are apart.",
+        """
+        python -m bench perf evaluator                                five minutes on 2 cores
+        python -m bench perf evaluator --only frechet --rounds 5
+        """,
+    )
+    sub.add_argument("area", help="what to measure: evaluator")
+    sub.add_argument("--only", metavar="NAME", help="frechet, moments, precision_recall or inception")
+    sub.add_argument("--rounds", type=int, default=3, help="rounds after one to warm up (default: 3)")
     return parser
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import pandas as pd
 
 from bench import budget as budgets
-from bench import metrics, report, tables
+from bench import report, tables
 from bench.config import WANDB_PROJECT, Comparison, sources
 from bench.console import is_main_process, say
 from bench.errors import UserError
-from bench.evaluate import evaluate
+from bench.evaluate import evaluate, scorer_of
 from bench.figures import score_against_compute
 from bench.files import atomic_write
-from bench.prepare import prepare_data, prepare_scorer
+from bench.prepare import prepare_data
 from bench.samples import Sampling
 from bench.store import Result
 from bench.tracking import Tracker
@@ -34,7 +34,7 @@ def compare(comparison: Comparison) -> Path:
     plans = equal_plans(comparison)
     runs, directory = comparison.runs, comparison.directory
     data = prepare_data(runs[0])
-    scorer = prepare_scorer(runs[0], data)
+    scorer = scorer_of(runs[0])
     tracker = Tracker(runs[0].tracking, WANDB_PROJECT, directory)
     results: list[Result] = []
     for config, run in zip(runs, plans, strict=True):
@@ -77,8 +77,7 @@ def write_outputs(comparison: Comparison, results: list[Result], directory: Path
     for suffix, fmt in (("md", "md"), ("csv", "csv"), ("tex", "latex")):
         with atomic_write(directory / f"table.{suffix}") as file:
             file.write(tables.render(table, fmt))
-    extractor = results[0].protocol["extractor"]
-    column = metrics.column(comparison.runs[0].eval.metrics[0], extractor)
+    column = next(iter(results[0].scores))  # the protocol's first metric
     figure = directory / "score-against-compute.png"
     score_against_compute(results, column, figure)
     runs_root, names = Path(comparison.runs[0].paths.runs), tables.labels(results)

@@ -52,7 +52,11 @@ class EvalConfig:
     cfg_channels: str | None = None  # 3 | all; None: the recipe's
     sampler: SamplerConfig | None = None  # None: the recipe's
     extractor: str = "inception"
-    extractor_weights: str | None = None  # file of the Inception weights
+    extractor_weights: str | None = None  # file of the extractor's weights, where no package brings them
+    fetch_weights: bool = False  # consent to fetch such weights once, into the user's cache
+    compile: bool = False  # compile the extractor: same features, worth its start-up for tens of thousands of images
+    precision: str = "float32"  # of the extractor: float32 | bf16, which marks its columns as approximate
+    reference: str | None = None  # npz (ADM's or ours) or folder of real images; None: the data set's own
     metrics: list[str] = field(default_factory=lambda: ["fid", "sfid", "inception_score", "precision", "recall"])
     checkpoints: int = 1  # checkpoints scored along training, each at half the compute of the next
     untrained: bool = False  # also score the weights before the first step
@@ -60,6 +64,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         require(self.labels, ("iid", "balanced"), "eval.labels")
         require(self.cfg_channels, (None, "3", "all"), "eval.cfg_channels")
+        require(self.precision, ("float32", "bf16"), "eval.precision")
         for key in ("num_samples", "batch_size", "checkpoints"):
             require_positive(getattr(self, key), f"eval.{key}")
         if self.cfg_scale < 0:
@@ -129,6 +134,23 @@ class RunConfig:
         return yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
 
 
+# The settings of `eval` that count where samples are finished: the extractor's, and how they are scored.
+EXTRACTING = ("extractor", "extractor_weights", "fetch_weights", "compile")
+SCORING = (*EXTRACTING, "num_samples", "batch_size", "precision", "reference", "metrics")
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    """How finished images are scored, or become a reference."""
+
+    eval: EvalConfig
+    paths: PathsConfig
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    num_samples: int | None = None  # as asked for; None: all
+    extractor: str | None = None  # as asked for; None: the reference's
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Several architectures with one budget, one recipe and one protocol."""
@@ -153,6 +175,37 @@ def load_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = registry.config_file("run", name)
     return _build([(path.name, _read(path)), ("command line", parse_overrides(overrides))])
+
+
+def load_scoring(overrides: Sequence[str] = ()) -> ScoringConfig:
+    """How finished images are scored. Raises: UserError, as `load_run`, and for settings of how samples are drawn."""
+    return _scoring({"eval": EvalConfig, "trainer": TrainerConfig, "paths": PathsConfig}, SCORING, overrides)
+
+
+def load_reference(overrides: Sequence[str] = ()) -> ScoringConfig:
+    """How a reference is made from real images. Raises: UserError, as `load_scoring`."""
+    return _scoring({"eval": EvalConfig, "data": DataConfig, "paths": PathsConfig}, EXTRACTING, overrides)
+
+
+def _scoring(groups: dict[str, type], allowed: Sequence[str], overrides: Sequence[str]) -> ScoringConfig:
+    given = parse_overrides(overrides)
+    base = OmegaConf.create({key: OmegaConf.structured(group) for key, group in groups.items()})
+    OmegaConf.set_struct(base, True)
+    scored = given.get("eval", {})
+    merged = _merge(base, given, "command line")
+    for key in scored:
+        if key not in allowed:
+            raise UserError(
+                f"command line: eval.{key} changes nothing here. Settings of eval that do: {', '.join(allowed)}."
+            )
+    try:
+        return ScoringConfig(
+            **{str(key): _object(merged, str(key)) for key in merged},
+            num_samples=scored.get("num_samples"),
+            extractor=scored.get("extractor"),
+        )
+    except ValueError as error:
+        raise UserError(f"command line: {error}") from None
 
 
 def load_comparison(name: str, overrides: Sequence[str] = ()) -> Comparison:

@@ -1,7 +1,6 @@
-"""Scores: a run in, rows of results.jsonl out, exact under any number of processes.
+"""Runs: a run in, samples and rows of results.jsonl out, exact under any number of processes.
 
-Rank r takes blocks r, r + world size, ... of the sample indices; nothing is padded or repeated, no collective runs
-outside `compute`, and sample i depends on (seed, i) alone. Samples and scores already on disk are not computed again.
+Sample i depends on (seed, i) alone. Samples and scores already on disk are not computed again.
 """
 
 from __future__ import annotations
@@ -12,18 +11,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from bench import budget as budgets
 from bench import metrics, registry, tables
 from bench.config import RunConfig, load_run
-from bench.console import is_main_process, progress, quiet_lightning, say
+from bench.console import is_main_process, say
 from bench.errors import UserError
-from bench.prepare import Data, Scorer, prepare_data, prepare_scorer
+from bench.prepare import Data, prepare_data
 from bench.samples import SampleFiles, Sampling
+from bench.scorer import DataReference, Scorer, describe_scorer, prepare_scorer
+from bench.scoring import FeatureBlocks, run_pass
 from bench.store import Result, ResultStore, provenance
 from bench.train import build_module, checkpoint_path, device_name, load_weights, plan, read_state
 from models.base import DiffusionModule
@@ -31,65 +30,36 @@ from models.base import DiffusionModule
 QUANTISATION = "floor(clamp(127.5 x + 128, 0, 255))"  # float images in [-1, 1] to uint8, DiT's rule
 
 
-class EvaluationModule(L.LightningModule):
-    """Samples, decodes and scores block after block; each metric is reduced over processes once."""
+class SampledImages(torch.nn.Module):
+    """The samples of a run, as a `Source` for scoring: what is on disk, or drawn now and kept."""
 
-    def __init__(self, module: DiffusionModule, data: Data, files: SampleFiles, scorer: Scorer | None) -> None:
-        """scorer None: only draw the samples."""
+    def __init__(self, module: DiffusionModule, data: Data, files: SampleFiles) -> None:
         super().__init__()
         self.module, self.autoencoder, self.files = module, data.autoencoder, files
-        self.extractor: Any = scorer.extractor if scorer else None
-        self.specs = scorer.metrics if scorer else ()
-        n = files.sampling.num_samples
-        self.metrics = torch.nn.ModuleList(spec.build(scorer.reference, n) for spec in self.specs) if scorer else ()
-        self.scores: dict[str, metrics.Score] = {}
+        self.num_samples, self.blocks = files.sampling.num_samples, files.sampling.blocks()
 
-    def test_dataloader(self) -> DataLoader:
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        sampling = self.files.sampling
-        blocks = sampling.blocks()
-        if len(blocks) < world:
-            raise UserError(
-                f"{sampling.num_samples} samples in blocks of {sampling.batch_size} are {len(blocks)} blocks, fewer "
-                f"than the {world} processes. Lower eval.batch_size or trainer.devices."
-            )
-        return DataLoader(blocks[rank::world], batch_size=None, collate_fn=lambda block: block)  # type: ignore[arg-type]
-
-    def transfer_batch_to_device(self, batch: range, device: torch.device, dataloader_idx: int) -> range:
-        return batch
-
-    def on_test_start(self) -> None:
-        self._bar = progress(total=self.files.sampling.num_samples, unit="image", desc="sampling and scoring")
-
-    def test_step(self, block: range, batch_idx: int) -> None:
-        labels = self.files.sampling.draw_labels(block, self.module.spec.num_classes)
-        images = self._images(block, labels)
-        if self.extractor is not None:
-            features = self.extractor(images)
-            for spec, metric in zip(self.specs, self.metrics, strict=True):
-                metric.update(features[spec.feature], torch.tensor(block), labels)  # type: ignore[operator]
-        self._bar.update(len(block) * self.trainer.world_size)
-
-    def on_test_epoch_end(self) -> None:
-        self._bar.close()
-        for spec, metric in zip(self.specs, self.metrics, strict=True):
-            self.scores[metrics.column(spec.name, self.extractor.name)] = metric.compute()  # type: ignore[operator]
-        self.trainer.strategy.barrier("samples")  # every block of every process is on disk
-        if self.trainer.is_global_zero:
-            self.files.finish(self.module.spec.num_classes)
-
-    def _images(self, block: range, labels: Tensor | None) -> Tensor:
-        """(B,3,H,W) uint8 on this device: what is on disk, or sampled now and kept."""
+    def images(self, block: range) -> Tensor:
         stored = self.files.read(block)
         if stored is not None:
-            return stored.to(self.device)
+            return stored
         s = self.files.sampling
         latents = self.module.sample(
-            block, labels, sampler=s.sampler, cfg_scale=s.cfg_scale, cfg_channels=s.cfg_channels, seed=s.seed
+            block,
+            self.labels(block),
+            sampler=s.sampler,
+            cfg_scale=s.cfg_scale,
+            cfg_channels=s.cfg_channels,
+            seed=s.seed,
         )
         images = self.autoencoder.decode(latents)
         self.files.write(block, images)
         return images
+
+    def labels(self, block: range) -> Tensor | None:
+        return self.files.sampling.draw_labels(block, self.module.spec.num_classes)
+
+    def finish(self) -> None:
+        self.files.finish(self.module.spec.num_classes)
 
 
 def load_trained(directory: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -116,10 +86,10 @@ def sample(config: RunConfig, step: int | None = None) -> SampleFiles:
     return files
 
 
-def evaluate_runs(configs: Sequence[RunConfig], step: int | None = None) -> None:
+def evaluate_runs(configs: Sequence[RunConfig], step: int | None = None, fmt: str = "terminal") -> None:
     """Score several runs and print one table."""
     results = [evaluate(config, step) for config in configs]
-    say(tables.terminal(tables.build(results)))
+    say(tables.render(tables.build(results), fmt).rstrip())
 
 
 def evaluate(
@@ -135,7 +105,7 @@ def evaluate(
     Raises: UserError if the run has no such checkpoint.
     """
     data = data or prepare_data(config)
-    scorer = scorer or prepare_scorer(config, data)
+    scorer = scorer or scorer_of(config)
     run, state = plan(config), read_state(config.directory)
     step = run.budget.steps if step is None else step
     protocol = describe_protocol(config, data, scorer)
@@ -146,7 +116,7 @@ def evaluate(
             if is_main_process():
                 store.append(result)
             return result
-    world_size, files, scores = _run(config, step, data, scorer)
+    world_size, files, kept, scores = _run(config, step, data, scorer)
     sampling = files.sampling
     guided = sampling.cfg_scale != 1 and run.spec.num_classes > 0
     images_seen = step * config.recipe.batch_size
@@ -182,7 +152,14 @@ def evaluate(
     )
     if is_main_process():
         store.append(result)
+        kept.remove()
     return result
+
+
+def scorer_of(config: RunConfig) -> Scorer:
+    """The scorer of a run's protocol; where it names no reference, the real images of the run's data are it."""
+    own = DataReference.of_dataset(config.use.data, config.data) if config.eval.reference is None else None
+    return prepare_scorer(config.eval, config.paths, own)
 
 
 def describe_protocol(config: RunConfig, data: Data, scorer: Scorer) -> dict[str, Any]:
@@ -201,21 +178,14 @@ def describe_protocol(config: RunConfig, data: Data, scorer: Scorer) -> dict[str
         "decoder": data.autoencoder.name,
         "decoder_sha256": data.autoencoder.sha256[:16],
         "quantisation": QUANTISATION,
-        "precision": "float32",
-        "extractor": scorer.extractor.name,
-        "extractor_sha256": scorer.extractor.sha256[:16],
-        "resize": scorer.extractor.resize,
-        "reference": scorer.reference.name,
-        "reference_n": scorer.reference.n,
-        "reference_sha256": scorer.reference.sha256[:16],
-        "metrics": ",".join(spec.name for spec in scorer.metrics),
+        **describe_scorer(scorer),
     }
 
 
 def _run(
     config: RunConfig, step: int | None, data: Data, scorer: Scorer | None
-) -> tuple[int, SampleFiles, dict[str, metrics.Score]]:
-    """One pass over the samples -> (world size, sample files, scores by column)."""
+) -> tuple[int, SampleFiles, FeatureBlocks, dict[str, metrics.Score]]:
+    """One pass over the samples -> (world size, sample files, features kept meanwhile, scores by column)."""
     run = plan(config)
     step = run.budget.steps if step is None else step
     module = build_module(config, run.spec)
@@ -230,22 +200,6 @@ def _run(
         load_weights(module, checkpoint)
     sampling = Sampling.of(config)
     files = SampleFiles(sampling.directory(config.directory, step), sampling)
-    evaluation = EvaluationModule(module, data, files, scorer)
-    quiet_lightning()
-    trainer = L.Trainer(
-        accelerator=config.trainer.accelerator,
-        devices=config.trainer.devices,
-        num_nodes=config.trainer.num_nodes,
-        strategy="ddp" if config.trainer.devices * config.trainer.num_nodes > 1 else "auto",
-        use_distributed_sampler=False,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=config.directory,
-    )
-    try:
-        trainer.test(evaluation, verbose=False)
-    except SystemExit:  # Lightning's answer to Ctrl-C and SIGTERM
-        raise KeyboardInterrupt from None
-    return trainer.world_size, files, evaluation.scores
+    kept = FeatureBlocks(files.directory, scorer)
+    world_size, scores = run_pass(SampledImages(module, data, files), scorer, config.trainer, kept)
+    return world_size, files, kept, scores

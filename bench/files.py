@@ -1,12 +1,18 @@
-"""Writing files so that a reader, or a crash, never sees half of one."""
+"""Writing files so that a reader, or a crash, never sees half of one; names that tell contents apart."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+
+def short_digest(text: str) -> str:
+    """8 hex digits of SHA-256, for the name of a file that was made from the settings `text`."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 @contextmanager

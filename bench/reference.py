@@ -7,14 +7,17 @@ beside our own, so either program reads the other's file.
 from __future__ import annotations
 
 import hashlib
+import time
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -22,11 +25,13 @@ from bench.console import progress
 from bench.errors import UserError
 from bench.features import INCEPTION_CLASSES, INCEPTION_SHA256, FeatureExtractor
 from bench.files import atomic_write
+from bench.images import ImageSet, write_npz
 from bench.metrics.frechet import Moments, MomentSums
 from bench.metrics.precision_recall import squared_radii
 
 MAX_ROWS = 10_000  # feature rows kept for precision, recall and class accuracy: as many as ADM's files hold images
 BATCH = 64
+SAVE_SECONDS = 60  # what a crash loses at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +50,7 @@ class Reference:
     num_logits: int
     sha256: str  # of the images, labels, extractor and rule, not of rounded features: equal on every machine
     pool: Moments
-    spatial: Moments
+    spatial: Moments | None  # None where the extractor has no spatial output
     pool_rows: Tensor | None
     labels: Tensor | None
 
@@ -57,6 +62,12 @@ class Reference:
                 "Read its images with Reference.with_rows, or leave these metrics out."
             )
         return self.pool_rows
+
+    def spatial_moments(self) -> Moments:
+        """`spatial`. Raises: UserError where the file brought none."""
+        if self.spatial is None:
+            raise UserError(f"Reference {self.name} holds no spatial moments (mu_s, sigma_s); leave sfid out.")
+        return self.spatial
 
     def row_labels(self) -> Tensor:
         """`labels`. Raises: UserError where the images have none."""
@@ -80,48 +91,53 @@ class Reference:
                 f"({given[1]}). Use the same extractor, or make the reference again."
             )
 
-    def with_rows(self, batches: Iterable[Tensor], extractor: FeatureExtractor) -> Reference:
-        """The same reference with the pooled features of `batches`, uint8 (B, 3, H, W) each, as its rows."""
+    def with_rows(self, images: ImageSet, extractor: FeatureExtractor) -> Reference:
+        """The same reference with the pooled features of `images` as its rows."""
         self.check(extractor)
-        rows = [extractor(images)["pool"].cpu() for images in progress(batches, desc="reference rows", unit="batch")]
+        rows = []
+        with progress(total=images.n, desc=f"rows of {self.name}", unit="image") as bar:
+            for start in range(0, images.n, BATCH):
+                block = range(start, min(start + BATCH, images.n))
+                rows.append(extractor(images.read(block), indices=block)["pool"].cpu())
+                bar.update(len(block))
         return replace(self, pool_rows=torch.cat(rows), labels=None)
 
-    def save(self, path: Path, images: Tensor | None = None) -> None:
-        """Write the npz. `images`, uint8 (m, 3, H, W), go in as ADM's arr_0, which its evaluator wants."""
+    def save(self, path: Path, images: Iterable[Tensor] | None = None) -> None:
+        """Write the npz. `images`, in batches (B, 3, H, W) uint8, one for each of `pool_rows`, become arr_0, from
+        which ADM's evaluator takes precision and recall."""
         arrays: dict[str, Any] = {
             "mu": self.pool.mu.numpy(),
             "sigma": self.pool.sigma.numpy(),
-            "mu_s": self.spatial.mu.numpy(),
-            "sigma_s": self.spatial.sigma.numpy(),
             **{key: np.array(getattr(self, key)) for key in _PLAIN},
         }
+        if self.spatial is not None:
+            arrays |= {"mu_s": self.spatial.mu.numpy(), "sigma_s": self.spatial.sigma.numpy()}
         if self.pool_rows is not None:
             arrays |= {"pool_rows": self.pool_rows.numpy(), "radii": self.radii.numpy()}
         if self.labels is not None:
             arrays["labels"] = self.labels.numpy()
-        if images is not None:
-            arrays["arr_0"] = images.permute(0, 2, 3, 1).numpy()
         with atomic_write(path, "wb") as file:
-            np.savez(file, **arrays)
+            if images is None:
+                np.savez(file, **arrays)
+            else:
+                write_npz(file, len(self.rows()), (batch.permute(0, 2, 3, 1).numpy() for batch in images), arrays)
 
     @staticmethod
     def load(path: Path) -> Reference:
         """Read our file or one of ADM's. Raises: UserError if it is missing or holds no moments."""
         if not path.is_file():
             raise UserError(f"There is no reference file {path}.")
-        with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in ("mu", "sigma", "mu_s", "sigma_s") if key not in file]
-            if missing:
-                raise UserError(
-                    f"{path} is no reference file: it has no {', '.join(missing)}. It holds {', '.join(file)}."
-                )
-            arrays = {key: file[key] for key in file.files if key != "arr_0"}
-        moments = {key: torch.from_numpy(arrays[key].astype(np.float64)) for key in ("mu", "sigma", "mu_s", "sigma_s")}
-        plain = {key: arrays[key].item() for key in _PLAIN} if "extractor" in arrays else _adm(path, arrays)
+        with _open(path) as file:
+            held = list(file.files)
+            arrays = {key: file[key] for key in held if key != "arr_0"}
+        missing = [key for key in ("mu", "sigma") if key not in arrays]
+        if missing:
+            raise UserError(f"{path} is no reference file: it has no {', '.join(missing)}. It holds {', '.join(held)}.")
+        plain = {key: arrays[key].item() for key in _PLAIN} if "extractor" in arrays else _adm(path)
         reference = Reference(
             **plain,
-            pool=Moments(moments["mu"], moments["sigma"]),
-            spatial=Moments(moments["mu_s"], moments["sigma_s"]),
+            pool=_moments(arrays, "mu", "sigma"),
+            spatial=_moments(arrays, "mu_s", "sigma_s") if "mu_s" in arrays else None,
             pool_rows=torch.from_numpy(arrays["pool_rows"]) if "pool_rows" in arrays else None,
             labels=torch.from_numpy(arrays["labels"]) if "labels" in arrays else None,
         )
@@ -130,75 +146,126 @@ class Reference:
         return reference
 
 
+def extractor_of(path: Path) -> str:
+    """The extractor a reference file was made with."""
+    with _open(path) as file:
+        return file["extractor"].item() if "extractor" in file else "inception"
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            yield file
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as an npz ({error}): cut off, or another kind of file.") from None
+
+
 _PLAIN = ("name", "n", "extractor", "extractor_sha256", "image_rule", "num_logits", "sha256")
 
 
 def build_reference(
     name: str,
-    batches: Iterable[tuple[Tensor, Tensor | None]],
+    read: Callable[[range], tuple[Tensor, Tensor | None]],
     total: int,
     extractor: FeatureExtractor,
     image_rule: str,
+    partial: Path | None = None,
 ) -> Reference:
-    """Statistics of `total` images that come as (uint8 (B, 3, H, W), labels (B,) or None), in a fixed order.
+    """Statistics of `total` images; `read` gives those of a range as (uint8 (B, 3, H, W), labels (B,) or None).
 
-    Rows are kept for all images, or for MAX_ROWS of them spread evenly.
-    Raises: UserError if the number of images is not `total`.
+    Feature rows are kept for all images, or for MAX_ROWS of them spread evenly. What is done is written to `partial`
+    once a minute; killed and called again, it goes on from there and ends with the same bits.
     """
-    pool, spatial = MomentSums(extractor.dims["pool"]), MomentSums(extractor.dims["spatial"])
-    seen_images, seen_labels = hashlib.sha256(), hashlib.sha256()
-    rows, row_labels = [], []
-    with progress(total=total, desc=f"reference {name}", unit="image") as bar:
-        for images, labels in batches:
-            seen_images.update(images.cpu().contiguous().numpy().tobytes())
-            features = extractor(images)
-            kept = _is_kept(torch.arange(pool.n, pool.n + len(images)), total)
-            pool.add(features["pool"].cpu())
-            spatial.add(features["spatial"].cpu())
-            rows.append(features["pool"].cpu()[kept])
-            if labels is not None:
-                seen_labels.update(labels.cpu().long().numpy().tobytes())
-                row_labels.append(labels.cpu().long()[kept])
-            bar.update(len(images))
-    if pool.n != total:
-        raise UserError(f"Reference {name} should have {total} images, the data gave {pool.n}.")
-    rules = (extractor.name, extractor.sha256, extractor.resize, image_rule)
-    identity = "\n".join((*rules, seen_images.hexdigest(), seen_labels.hexdigest()))
+    sums = _Sums.load(partial) if partial is not None and partial.exists() else _Sums.empty(extractor)
+    saved = time.monotonic()
+    with progress(total=total, initial=sums.pool.n, desc=f"reference {name}", unit="image") as bar:
+        while sums.pool.n < total:
+            block = range(sums.pool.n, min(sums.pool.n + BATCH, total))
+            images, labels = read(block)
+            sums.add(images, labels, extractor(images, indices=block), _is_kept(torch.tensor(block), total))
+            bar.update(len(block))
+            if partial is not None and time.monotonic() - saved > SAVE_SECONDS:
+                sums.save(partial)
+                saved = time.monotonic()
+    if partial is not None:
+        partial.unlink(missing_ok=True)
+    rules = (extractor.name, extractor.sha256, extractor.resize, image_rule, sums.digest.hex())
     return Reference(
         name=name,
         n=total,
         extractor=extractor.name,
         extractor_sha256=extractor.sha256,
         image_rule=image_rule,
-        num_logits=extractor.dims["logits"],
-        sha256=hashlib.sha256(identity.encode()).hexdigest(),
-        pool=pool.moments(),
-        spatial=spatial.moments(),
-        pool_rows=torch.cat(rows),
-        labels=torch.cat(row_labels) if row_labels else None,
+        num_logits=extractor.dims.get("logits", 0),
+        sha256=hashlib.sha256("\n".join(rules).encode()).hexdigest(),
+        pool=sums.pool.moments(),
+        spatial=sums.spatial.moments() if sums.spatial is not None else None,
+        pool_rows=torch.cat(sums.rows),
+        labels=torch.cat(sums.labels) if sums.labels else None,
     )
 
 
-def adm_images(path: Path) -> Iterator[Tensor]:
-    """The images arr_0 of an ADM npz in batches, uint8 (B, 3, H, W), read from the zip without unpacking it whole.
+@dataclass
+class _Sums:
+    """A reference in the making."""
 
-    Raises: UserError if there is no arr_0 of uint8 images.
-    """
-    with zipfile.ZipFile(path) as archive:
-        if "arr_0.npy" not in archive.namelist():
-            raise UserError(f"{path} holds no images (arr_0).")
-        with archive.open("arr_0.npy") as file:
-            version = np.lib.format.read_magic(file)
-            read_header = (
-                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            )
-            shape, fortran_order, dtype = read_header(file)
-            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran_order:
-                raise UserError(f"{path}: arr_0 should be uint8 images (N, H, W, 3), it is {dtype} {shape}.")
-            for start in range(0, shape[0], BATCH):
-                size = (min(BATCH, shape[0] - start), *shape[1:])
-                images = np.frombuffer(file.read(int(np.prod(size))), np.uint8).reshape(size)
-                yield torch.from_numpy(images.copy()).permute(0, 3, 1, 2)
+    pool: MomentSums
+    spatial: MomentSums | None
+    rows: list[Tensor]
+    labels: list[Tensor]
+    digest: bytes  # chained over images and labels, one by one, so that it does not depend on batches
+
+    @staticmethod
+    def empty(extractor: FeatureExtractor) -> _Sums:
+        spatial = MomentSums(extractor.dims["spatial"]) if "spatial" in extractor.dims else None
+        return _Sums(MomentSums(extractor.dims["pool"]), spatial, [], [], b"")
+
+    def add(self, images: Tensor, labels: Tensor | None, features: dict[str, Tensor], kept: Tensor) -> None:
+        self.pool.add(features["pool"].cpu())
+        if self.spatial is not None:
+            self.spatial.add(features["spatial"].cpu())
+        self.rows.append(features["pool"].cpu()[kept])
+        if labels is not None:
+            self.labels.append(labels.cpu().long()[kept])
+        classes = [b""] * len(images) if labels is None else [str(label).encode() for label in labels.tolist()]
+        for image, label in zip(images.cpu().numpy(), classes, strict=True):
+            self.digest = hashlib.sha256(self.digest + hashlib.sha256(image.tobytes()).digest() + label).digest()
+
+    def save(self, path: Path) -> None:
+        tensors = {"pool.total": self.pool.total, "pool.outer": self.pool.outer, "rows": torch.cat(self.rows)}
+        if self.spatial is not None:
+            tensors |= {"spatial.total": self.spatial.total, "spatial.outer": self.spatial.outer}
+        if self.labels:
+            tensors["labels"] = torch.cat(self.labels)
+        with atomic_write(path, "wb") as file:
+            file.write(safetensors.torch.save(tensors, {"n": str(self.pool.n), "digest": self.digest.hex()}))
+
+    @staticmethod
+    def load(path: Path) -> _Sums:
+        with safetensors.safe_open(path, "pt") as file:
+            tensors, plain = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        sums = {}
+        for kind in ("pool", "spatial"):
+            if f"{kind}.total" in tensors:
+                sums[kind] = MomentSums(len(tensors[f"{kind}.total"]))
+                sums[kind].n = int(plain["n"])
+                sums[kind].total, sums[kind].outer = tensors[f"{kind}.total"], tensors[f"{kind}.outer"]
+        labels = [tensors["labels"]] if "labels" in tensors else []
+        return _Sums(sums["pool"], sums.get("spatial"), [tensors["rows"]], labels, bytes.fromhex(plain["digest"]))
+
+
+def kept_images(read: Callable[[range], tuple[Tensor, Any]], total: int) -> Iterator[Tensor]:
+    """The images whose rows a reference of `total` images keeps, in batches."""
+    for start in range(0, total, BATCH):
+        block = range(start, min(start + BATCH, total))
+        kept = _is_kept(torch.tensor(block), total)
+        if kept.any():
+            yield read(block)[0][kept]
+
+
+def _moments(arrays: dict[str, np.ndarray], mu: str, sigma: str) -> Moments:
+    return Moments(*(torch.from_numpy(arrays[key].astype(np.float64)) for key in (mu, sigma)))
 
 
 def _is_kept(positions: Tensor, total: int) -> Tensor:
@@ -208,9 +275,10 @@ def _is_kept(positions: Tensor, total: int) -> Tensor:
     return (positions + 1) * MAX_ROWS // total > positions * MAX_ROWS // total
 
 
-def _adm(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, object]:
+def _adm(path: Path) -> dict[str, object]:
     """What an ADM file leaves out: it was always made with the Inception network of 2015-12-05."""
-    digest = hashlib.sha256(b"".join(arrays[key].tobytes() for key in ("mu", "sigma", "mu_s", "sigma_s")))
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
     return {
         "name": path.stem,
         "n": 0,

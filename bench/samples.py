@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bench.config import RunConfig
 from bench.files import atomic_write
+from bench.images import ImageSet, NpzImages, write_npz
 from models.noise import iid_labels
 from models.recipe import SamplerConfig
 
@@ -81,21 +82,16 @@ class SampleFiles:
     def __init__(self, directory: Path, sampling: Sampling) -> None:
         self.directory, self.sampling = directory, sampling
         self.path, self.grid = directory / "samples.npz", directory / "grid.png"
-        self._images: np.ndarray | None = None
-
-    @property
-    def complete(self) -> bool:
-        return self.path.exists()
+        self._complete: NpzImages | None = None
 
     def read(self, block: range) -> Tensor | None:
         """Images (B,3,H,W) uint8 of a block, or None if they are not drawn yet."""
-        if self.complete:
-            if self._images is None:
-                with np.load(self.path, allow_pickle=False) as file:
-                    self._images = file["arr_0"]
-            return _to_tensor(self._images[block.start : block.stop])
+        if self._complete is None and self.path.exists():
+            self._complete = NpzImages(self.path)
+        if self._complete is not None:
+            return self._complete.read(block)
         path = self._block_path(block)
-        return _to_tensor(np.load(path, allow_pickle=False)) if path.exists() else None
+        return torch.from_numpy(np.load(path, allow_pickle=False)).permute(0, 3, 1, 2) if path.exists() else None
 
     def write(self, block: range, images: Tensor) -> None:
         """Keep the images (B,3,H,W) uint8 of a finished block."""
@@ -103,36 +99,36 @@ class SampleFiles:
             np.save(file, images.permute(0, 2, 3, 1).cpu().numpy())
 
     def finish(self, num_classes: int) -> None:
-        """All blocks into samples.npz and grid.png; the blocks are removed. One process calls this."""
-        if not self.complete:
+        """All blocks into samples.npz and grid.png, then they are removed. One process calls this."""
+        if not self.path.exists():
             blocks = self.sampling.blocks()
-            images = np.concatenate([np.load(self._block_path(b), allow_pickle=False) for b in blocks])
-            labels = self.sampling.draw_labels(range(len(images)), num_classes)
-            write_grid(self.grid, images, labels)
+            labels = self.sampling.draw_labels(range(self.sampling.num_samples), num_classes)
+            arrays = {} if labels is None else {"labels": labels.numpy()}
             with atomic_write(self.path, "wb") as file:
-                np.savez(file, arr_0=images, **({"labels": labels.numpy()} if labels is not None else {}))  # type: ignore[arg-type]
+                write_npz(file, self.sampling.num_samples, (self._load(block) for block in blocks), arrays)
+        if not self.grid.exists():
+            labels = self.sampling.draw_labels(range(self.sampling.num_samples), num_classes)
+            write_grid(self.grid, NpzImages(self.path), labels)
         shutil.rmtree(self.directory / "blocks", ignore_errors=True)
+
+    def _load(self, block: range) -> np.ndarray:
+        return np.load(self._block_path(block), allow_pickle=False)
 
     def _block_path(self, block: range) -> Path:
         return self.directory / "blocks" / f"{block.start:08d}-{block.stop:08d}.npy"
 
 
-def write_grid(path: Path, images: np.ndarray, labels: Tensor | None) -> None:
+def write_grid(path: Path, images: ImageSet, labels: Tensor | None) -> None:
     """A PNG of the first samples: one column a class (the first classes), or row by row without classes."""
     if labels is None:
-        columns = [images[c::GRID_COLUMNS][:GRID_ROWS] for c in range(min(GRID_COLUMNS, len(images)))]
+        columns = [list(range(c, images.n, GRID_COLUMNS)) for c in range(min(GRID_COLUMNS, images.n))]
     else:
-        classes = sorted(set(labels.tolist()))[:GRID_COLUMNS]
-        columns = [images[(labels == c).numpy()][:GRID_ROWS] for c in classes]
-    height, width = images.shape[1:3]
+        columns = [(labels == c).nonzero().flatten().tolist() for c in labels.unique()[:GRID_COLUMNS]]
+    height, width = images.size
     canvas = np.full((GRID_ROWS * (height + 2), len(columns) * (width + 2), 3), 255, np.uint8)
     for c, column in enumerate(columns):
-        for r, image in enumerate(column):
+        for r, index in enumerate(column[:GRID_ROWS]):
             y, x = r * (height + 2) + 1, c * (width + 2) + 1
-            canvas[y : y + height, x : x + width] = image
+            canvas[y : y + height, x : x + width] = images.read(range(index, index + 1))[0].permute(1, 2, 0)
     with atomic_write(path, "wb") as file:
         Image.fromarray(canvas).save(file, format="PNG")
-
-
-def _to_tensor(images: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))

@@ -7,10 +7,11 @@ import json
 import os
 import platform
 import subprocess
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Generic, Self, TypeVar
 
 from bench import __version__
 from bench.console import say
@@ -20,8 +21,34 @@ from bench.registry import ROOT
 RECORDED = ("torch", "lightning", "torchmetrics", "numpy")  # packages whose version can change a score
 
 
+class Row(ABC):
+    """A line of a store; subclasses are frozen dataclasses of what JSON can hold."""
+
+    @property
+    @abstractmethod
+    def key(self) -> tuple[str, ...]:
+        """What a store holds once."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> Self:
+        """Raises: UserError naming the keys that are missing or unknown."""
+        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        if known != set(row):
+            missing, unknown = (", ".join(sorted(keys)) or "none" for keys in (known - set(row), set(row) - known))
+            raise UserError(
+                f"missing keys: {missing}; unknown keys: {unknown}. Evaluate that run again without the line."
+            )
+        return cls(**row)
+
+
+R = TypeVar("R", bound=Row)
+
+
 @dataclass(frozen=True)
-class Result:
+class Result(Row):
     """The scores of one checkpoint under one protocol, with all that is needed to tell what was measured."""
 
     run_id: str
@@ -54,19 +81,10 @@ class Result:
     git_commit: str
     created: str  # ISO time, UTC
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, row: dict[str, Any]) -> Result:
-        """Raises: UserError naming the keys that are missing or unknown."""
-        known = {field.name for field in fields(cls)}
-        if known != set(row):
-            missing, unknown = (", ".join(sorted(keys)) or "none" for keys in (known - set(row), set(row) - known))
-            raise UserError(
-                f"missing keys: {missing}; unknown keys: {unknown}. Evaluate that run again without the line."
-            )
-        return cls(**row)
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What must be alike before two rows share a column."""
+        return self.protocol | {"data": self.data}
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -74,13 +92,37 @@ class Result:
         return self.comparison, self.run_id, self.checkpoint, self.weights, json.dumps(self.protocol, sort_keys=True)
 
 
-class ResultStore:
-    """A JSONL file that several processes may add to at once."""
+@dataclass(frozen=True)
+class SampleSetScore(Row):
+    """The scores of a set of finished images, with all that is known of how they were measured."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    samples: str  # path as given
+    sha256: str  # of the images' bytes
+    protocol: dict[str, Any]  # flat: all that changes a score beside the images
+    scores: dict[str, float]  # by column, such as fid
+    ci95: dict[str, float]  # half width of the 95 % interval, same keys
+    world_size: int
+    device: str
+    versions: dict[str, str]
+    git_commit: str
+    created: str  # ISO time, UTC
 
-    def append(self, result: Result) -> bool:
+    @property
+    def conditions(self) -> dict[str, Any]:
+        return self.protocol
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.samples, self.sha256, json.dumps(self.protocol, sort_keys=True)
+
+
+class RowStore(Generic[R]):
+    """A JSONL file of rows of one type that several processes may add to at once."""
+
+    def __init__(self, path: Path, row: type[R]) -> None:
+        self.path, self.row = path, row
+
+    def append(self, result: R) -> bool:
         """Add a line, on disk when this returns; False if a row of the same key is there already."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
@@ -93,7 +135,7 @@ class ResultStore:
             _sync(file)
         return True
 
-    def load(self, **equals: Any) -> list[Result]:
+    def load(self, **equals: Any) -> list[R]:
         """All rows, or those whose fields equal the given values, in the order they were stored.
 
         Raises: UserError naming file and line of a row that cannot be read. A last line that a crash cut off is left
@@ -109,11 +151,11 @@ class ResultStore:
             say(f"{self.path}: its last line was cut off by a crash and is left out.")
         return [row for row in self._parse(whole) if all(getattr(row, key) == value for key, value in equals.items())]
 
-    def _parse(self, content: bytes) -> list[Result]:
+    def _parse(self, content: bytes) -> list[R]:
         rows = []
         for number, line in enumerate(content.splitlines(), start=1):
             try:
-                rows.append(Result.from_dict(json.loads(line)))
+                rows.append(self.row.from_dict(json.loads(line)))
             except (ValueError, TypeError) as error:
                 raise UserError(f"{self.path}, line {number}: {error}") from None
         return rows
@@ -132,6 +174,13 @@ class ResultStore:
             say(f"{self.path}: its last line was cut off by a crash; set aside in {aside}.")
         elif content and not content.endswith(b"\n"):
             file.write(b"\n")
+
+
+class ResultStore(RowStore[Result]):
+    """results.jsonl."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, Result)
 
 
 def _split(content: bytes) -> tuple[bytes, bytes]:

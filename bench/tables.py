@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,9 +15,9 @@ from bench import budget as budgets
 from bench.errors import UserError
 from bench.formats import Cell, TableData, number, render, score_text
 from bench.formats import terminal as terminal  # part of this module's interface, as is render
-from bench.metrics import METRICS, MetricSpec, column
+from bench.metrics import FEW, METRICS, MetricSpec, column
 from bench.registry import nearest
-from bench.store import Result, ResultStore
+from bench.store import Result, ResultStore, SampleSetScore
 
 SPENT = {"train_gflops": "train_gflops", "images": "images_seen"}  # what rows can spend alike -> field of a result
 COSTS = {  # CSV column -> title; the fields of a result, and the SSM's share of gflops
@@ -28,12 +29,16 @@ COSTS = {  # CSV column -> title; the fields of a result, and the SSM's share of
     "train_gflops_papers": "Gflops × images",
     "sample_gflops": "sample Gflops",
 }
+INTERVALS = (
+    "±: half width of the 95 % interval over the drawing of the generated samples (delete-a-group jackknife; shares of "
+    "samples: binomial); it covers neither the training seed nor the reference. "
+    "Bold: the best, where its interval overlaps no other's."
+)
 CONVENTIONS = (
     "Gflops: 1e9 multiply-adds of one unguided forward of one image, backbone only (SSM: S4D kernel and FFTs). "
     "Training Gflops: 3 × Gflops × images seen; Gflops × images is the total that papers print. "
     "Sample Gflops: per generated image.",
-    "±: half width of the 95 % interval over the drawing of the generated samples (delete-a-group jackknife); "
-    "it covers neither the training seed nor the reference. Bold: the best, where its interval overlaps no other's.",
+    INTERVALS,
 )
 
 
@@ -51,23 +56,54 @@ def build(results: Sequence[Result]) -> TableData:
     for key, title in COSTS.items():
         if key != "gflops_ssm" or any(record[key] for record in records):
             grid[title] = [Cell(number(record[key])) for record in records]
-    for name, spec in specs.items():
-        best, rivals = _best(records, name, spec)
-        clear = len(rows) > 1 and not rivals
-        title = f"{name} {'↑' if spec.higher_is_better else '↓'}"
-        grid[title] = [_cell(record, name, spec, bold=clear and record is best) for record in records]
+    grid |= _score_columns(records, specs)
     if frechet:
         grid[f"untrained {frechet} ↓"] = [_cell(r, f"untrained_{frechet}", specs[frechet]) for r in records]
     verdict = [_verdict(records, names, *next(iter(specs.items())))] if specs and len(rows) > 1 else []
-    notes = (*verdict, describe_protocol(rows[0].protocol), _training(rows), *CONVENTIONS)
+    notes = (*verdict, *_few(rows[0], specs), describe_protocol(rows[0].protocol), _training(rows), *CONVENTIONS)
     return TableData(tuple(grid), tuple(zip(*grid.values(), strict=True)), notes, tuple(records))
 
 
-def require_one_protocol(results: Sequence[Result]) -> None:
+def build_sets(results: Sequence[SampleSetScore]) -> TableData:
+    """The table of finished images that were scored against one reference, a row a set.
+
+    Raises: UserError if there is no result, or the results were scored by different protocols.
+    """
+    require_one_protocol(results)
+    specs = score_specs(results[0])
+    records = []
+    for row in results:
+        record = {"samples": row.samples, "size": row.protocol["size"], "num_samples": row.protocol["num_samples"]}
+        for name, value in row.scores.items():
+            record |= {name: value, f"{name}_ci95": row.ci95[name]}
+        records.append(record | {"sha256": row.sha256})
+    grid = {
+        "samples": [Cell(name) for name in _short([row.samples for row in results])],
+        "size": [Cell(row.protocol["size"]) for row in results],
+    }
+    grid |= _score_columns(records, specs)
+    p = results[0].protocol
+    notes = (
+        *_few(results[0], specs),
+        f"{p['num_samples']} images each, uint8 as given, in their own order. {_scored_by(p)}.",
+        INTERVALS,
+    )
+    return TableData(tuple(grid), tuple(zip(*grid.values(), strict=True)), notes, tuple(records))
+
+
+def _short(paths: Sequence[str]) -> list[str]:
+    """Paths without the folders they all share."""
+    if len(paths) == 1:
+        return [Path(paths[0]).name]
+    shared = Path(os.path.commonpath([Path(path).absolute() for path in paths]))
+    return [str(Path(path).absolute().relative_to(shared)) for path in paths]
+
+
+def require_one_protocol(results: Sequence[Result] | Sequence[SampleSetScore]) -> None:
     """Raises: UserError if there is no result, or naming the settings in which the protocols differ."""
     if not results:
         raise UserError("No results, so no table. Score a run first: python -m bench evaluate runs/<run_id>")
-    protocols = [row.protocol | {"data": row.data, "scores": ", ".join(row.scores)} for row in results]
+    protocols = [row.conditions | {"scores": ", ".join(row.scores)} for row in results]
     given = {key: list(dict.fromkeys(str(p.get(key)) for p in protocols)) for p in protocols for key in p}
     differing = [f"{key} {' or '.join(values)}" for key, values in given.items() if len(values) > 1]
     if differing:
@@ -111,9 +147,10 @@ def equalised(results: Sequence[Result], quantity: str = "train_gflops") -> floa
     return budgets.spread(spent.values())
 
 
-def score_specs(row: Result) -> dict[str, MetricSpec]:
+def score_specs(row: Result | SampleSetScore) -> dict[str, MetricSpec]:
     """Column -> direction and decimals, for the scores of a row."""
-    known = {column(name, row.protocol["extractor"]): spec for name, spec in METRICS.items()}
+    p = row.protocol
+    known = {column(name, p["extractor"], p["num_samples"], p["precision"]): spec for name, spec in METRICS.items()}
     return {name: known[name] for name in row.scores}
 
 
@@ -127,6 +164,17 @@ def _record(row: Result, frechet: str | None, untrained: Result | None) -> dict[
         record[f"untrained_{frechet}"] = untrained.scores[frechet] if untrained else None
         record[f"untrained_{frechet}_ci95"] = untrained.ci95[frechet] if untrained else None
     return record | {f"protocol_{key}": row.protocol[key] for key in ("name", "version", "num_samples")}
+
+
+def _score_columns(records: list[dict[str, Any]], specs: dict[str, MetricSpec]) -> dict[str, list[Cell]]:
+    """Title with its direction -> cells, the best bold where no other's interval overlaps its own."""
+    columns = {}
+    for name, spec in specs.items():
+        best, rivals = _best(records, name, spec)
+        clear = len(records) > 1 and not rivals
+        title = f"{name} {'↑' if spec.higher_is_better else '↓'}"
+        columns[title] = [_cell(record, name, spec, bold=clear and record is best) for record in records]
+    return columns
 
 
 def _cell(record: dict[str, Any], name: str, spec: MetricSpec, bold: bool = False) -> Cell:
@@ -157,9 +205,28 @@ def describe_protocol(p: dict[str, Any]) -> str:
     return (
         f"Protocol {p['name']} (version {p['version']}): {p['num_samples']} samples, labels {p['labels']}, "
         f"seed {p['seed']}; sampler {p['sampler']}, {p['sampler_steps']} steps; {guidance}, "
-        f"cfg_channels {p['cfg_channels']}; decoder {p['decoder']}; uint8 by {p['quantisation']}; "
-        f"extractor {p['extractor']}, {p['resize']}; reference {p['reference']} ({p['reference_n']} images)."
+        f"cfg_channels {p['cfg_channels']}; decoder {p['decoder']}; uint8 by {p['quantisation']}. {_scored_by(p)}."
     )
+
+
+def _scored_by(p: dict[str, Any]) -> str:
+    n = f"{p['reference_n']} images" if p["reference_n"] else "number of images not stated in the file"
+    return (
+        f"Extractor {p['extractor']} ({p['extractor_sha256'][:8]}), {p['precision']}; resize {p['resize']}. "
+        f"Reference {p['reference']} ({n}: {p['reference_images']}; {p['reference_sha256'][:8]})"
+    )
+
+
+def _few(row: Result | SampleSetScore, specs: dict[str, MetricSpec]) -> list[str]:
+    """What a small sample does to a Frechet distance, where there is one."""
+    n = row.protocol["num_samples"]
+    names = [name for name, spec in specs.items() if spec.name in ("fid", "sfid")]
+    if n >= FEW or not names:
+        return []
+    return [
+        f"Warning: {n} samples are few. Below {FEW:,} a Frechet distance is largely bias: compare "
+        f"{' and '.join(names)} only with distances of as many samples, and never with published ones."
+    ]
 
 
 def _training(rows: Sequence[Result]) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from bench.errors import UserError
 from bench.metrics import Score
-from bench.metrics.uncertainty import jackknife_groups, score
+from bench.metrics.uncertainty import jackknife_groups, jackknife_score, share_score
 
 BLOCK = 1000  # rows handled at once where memory would grow with the square of the sample count
 
@@ -36,6 +37,7 @@ class SampleMetric(Metric):
     """
 
     full_state_update = False
+    keeps: ClassVar[str] = ""  # names states that other scores of the same features can share
     groups: Tensor
     seen: Tensor
 
@@ -69,14 +71,18 @@ class SampleMetric(Metric):
                 f"{type(self).__name__} needs {self.num_samples} samples, {len(missing)} are missing, the first is "
                 f"index {int(missing[0])}. Sample them, or ask for fewer."
             )
-        return score(self._values())
+        return self._score(self._values())
 
+    @abstractmethod
     def _add(self, features: Tensor, indices: Tensor, labels: Tensor | None) -> None:
-        raise NotImplementedError
+        """Take in rows that are checked and new: (B, dim), (B,) and (B,); B may be 0."""
 
+    @abstractmethod
     def _values(self) -> Tensor:
         """The score of all samples, then without each group -> (1 + G,) float64."""
-        raise NotImplementedError
+
+    def _score(self, values: Tensor) -> Score:
+        return jackknife_score(values)
 
     def _left_out(self) -> Iterator[int | None]:
         """None (all samples), then each group to leave out, in the order of `_values`."""
@@ -156,14 +162,9 @@ class ShareMetric(SampleMetric):
         super().__init__(dim, num_samples, at_least=2)
         self.add_state("hits", torch.zeros(num_samples, dtype=torch.int32), dist_reduce_fx="sum")
 
-    def compute(self) -> Score:
-        """The share and its interval; where no sample or every sample passes, 3 / n bounds what n samples can tell."""
-        value, ci95 = super().compute()
-        return Score(value, 3 / self.num_samples if value in (0.0, 1.0) else ci95)
-
+    @abstractmethod
     def _passes(self, features: Tensor, labels: Tensor | None) -> Tensor:
         """(B, dim) float64 features, labels (B,) -> (B,) bool."""
-        raise NotImplementedError
 
     def _add(self, features: Tensor, indices: Tensor, labels: Tensor | None) -> None:
         for start in range(0, len(features), BLOCK):
@@ -172,16 +173,16 @@ class ShareMetric(SampleMetric):
             self.hits[indices[part]] = passes.int()
 
     def _values(self) -> Tensor:
-        hits = (self.hits > 0).double()
-        by_group = torch.zeros(self.num_groups, dtype=torch.float64, device=self.device)
-        by_group.index_add_(0, self.groups, hits)
-        left = self.num_samples - self.groups.bincount()
-        return torch.cat([hits.mean()[None], (hits.sum() - by_group) / left])
+        return (self.hits > 0).double().mean()[None]  # alone: the interval needs no replicates
+
+    def _score(self, values: Tensor) -> Score:
+        return share_score(float(values), self.num_samples)
 
 
 class RowMetric(SampleMetric):
     """A score that needs all rows at once; they are kept in float32 and sorted by sample index before use."""
 
+    keeps = "rows"
     rows: list[Tensor]
     row_indices: list[Tensor]
 
@@ -200,3 +201,14 @@ class RowMetric(SampleMetric):
         ordered = torch.empty((self.num_samples, self.dim), dtype=torch.float64, device=rows.device)
         ordered[indices] = rows.double()
         return ordered
+
+
+def share_states(metrics: Mapping[str, SampleMetric]) -> MetricCollection:
+    """Scores of the same features and samples as one collection; those that keep the same states hold them once.
+
+    Call its `update`, `compute` and `reset`; to index it or go through its items copies the states of a metric.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, metric in metrics.items():
+        groups.setdefault(metric.keeps or f"own {name}", []).append(name)
+    return MetricCollection({**metrics}, compute_groups=list(groups.values()))

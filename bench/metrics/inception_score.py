@@ -15,9 +15,21 @@ PART = 5000  # samples per part, ADM's evaluator
 
 
 class InceptionScore(SampleMetric):
-    """Kept as sums per part and jackknife group of p and of sum_y p log p, from which the mean KL follows.
+    """Inception score of logits (B, num_classes), between 1 and num_classes (Salimans et al. 2016, sec. 4).
 
-    `part` is the number of consecutive samples scored together.
+    `part` is the number of consecutive samples scored together. Kept as float64 sums per part and jackknife group of p
+    and of sum_y p log p, from which the mean KL follows; memory grows by one such sum for each part.
+
+    Raises: UserError for fewer than 2 samples, or (from `compute`) an index that came from two processes.
+
+    >>> import torch
+    >>> from bench.metrics.inception_score import InceptionScore
+    >>> metric = InceptionScore(num_classes=10, num_samples=500)
+    >>> logits = 100.0 * torch.eye(10).repeat(50, 1)  # every class equally often, each recognised for certain
+    >>> for indices in torch.arange(500).split(64):
+    ...     metric.update(logits[indices], indices)
+    >>> round(metric.compute().value, 6)
+    10.0
     """
 
     higher_is_better = True

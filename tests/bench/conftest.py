@@ -28,6 +28,7 @@ PROTOCOL = {
     "resize": "bilinear to 224",
     "reference": "digits",
     "reference_n": 5000,
+    "reference_images": "as they are",
     "reference_sha256": "cc33",
 }
 
@@ -52,8 +53,8 @@ DIT = Result(
     sample_gflops=0.5,
     train_seconds=61.5,
     protocol=PROTOCOL,
-    scores={"fd[effnet-lite0]": 61.234, "precision[effnet-lite0]": 0.7012},
-    ci95={"fd[effnet-lite0]": 1.106, "precision[effnet-lite0]": 0.0213},
+    scores={"fd500[effnet-lite0]": 61.234, "precision[effnet-lite0]": 0.7012},
+    ci95={"fd500[effnet-lite0]": 1.106, "precision[effnet-lite0]": 0.0213},
     checkpoint="dit-t-2-digits-0000aaaa/checkpoints/step-00000100.ckpt",
     samples="dit-t-2-digits-0000aaaa/samples/step-00000100-12345678/samples.npz",
     world_size=1,
@@ -69,7 +70,7 @@ def make_result() -> Callable[..., Result]:
     """A result like `DIT` but for the fields given; `fd` and `precision` are (value, ci95), `protocol` is merged."""
 
     def make(fd: tuple[float, float] = (61.234, 1.106), precision: tuple[float, float] = (0.7012, 0.0213), **changes):
-        names = ("fd[effnet-lite0]", "precision[effnet-lite0]")
+        names = ("fd500[effnet-lite0]", "precision[effnet-lite0]")
         return replace(
             DIT,
             scores=dict(zip(names, (fd[0], precision[0]), strict=True)),

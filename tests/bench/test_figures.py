@@ -27,20 +27,20 @@ def curves(axes) -> dict[str, list[tuple[float, float]]]:
 
 
 def test_a_curve_holds_the_trained_checkpoints_in_order_of_compute(tmp_path, comparison, drawn):
-    figures.score_against_compute(comparison[::-1], "fd[effnet-lite0]", tmp_path / "score.png")
+    figures.score_against_compute(comparison[::-1], "fd500[effnet-lite0]", tmp_path / "score.png")
     (axes,) = drawn
     assert curves(axes) == {
         "DiffuSSM-T": [(288.0, 110.0), (576.0, 58.0)],
         "DiT-T/2": [(288.0, 120.0), (576.0, 61.234)],
     }
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    assert axes.get_ylabel() == "fd[effnet-lite0] (lower is better)"
+    assert axes.get_ylabel() == "fd500[effnet-lite0] (lower is better)"
     with Image.open(tmp_path / "score.png") as image:
         assert (image.format, image.size) == ("PNG", (7 * 150, 4.5 * 150))
 
 
 def test_untrained_scores_stand_open_at_the_left_end(tmp_path, comparison, drawn):
-    figures.score_against_compute(comparison, "fd[effnet-lite0]", tmp_path / "score.png")
+    figures.score_against_compute(comparison, "fd500[effnet-lite0]", tmp_path / "score.png")
     marks = [line for line in drawn[0].lines if line.get_markerfacecolor() == "white"]
     assert [line.get_data()[1][0] for line in marks] == [310.5, 311.25]
     assert {line.get_data()[0][0] for line in marks} == {144.0}  # half the least training compute
@@ -57,11 +57,11 @@ def test_bars_are_the_95_percent_intervals(tmp_path, make_result, drawn):
 
 
 def test_an_unknown_score_and_mixed_protocols_are_refused(tmp_path, make_result):
-    with pytest.raises(UserError, match=r"no score 'fid'. Choose one of fd\[effnet-lite0\], precision"):
+    with pytest.raises(UserError, match=r"no score 'fid'. Choose one of fd500\[effnet-lite0\], precision"):
         figures.score_against_compute([make_result()], "fid", tmp_path / "score.png")
     rows = [make_result(), make_result(run_id="b", protocol={"seed": 1})]
     with pytest.raises(UserError, match="seed 0 or 1"):
-        figures.score_against_compute(rows, "fd[effnet-lite0]", tmp_path / "score.png")
+        figures.score_against_compute(rows, "fd500[effnet-lite0]", tmp_path / "score.png")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,29 +1,29 @@
-"""Scores: golden values of the ADM evaluator and of the definitions, intervals, and exactness over processes."""
+"""Scores: golden values of the ADM evaluator and of the definitions, states, and exactness over processes."""
 
 from __future__ import annotations
 
+import doctest
+import importlib
+import inspect
 import json
-import math
-import os
+import pkgutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from metric_recipe import activations, feature_cases, golden_arrays, golden_json, logits, rng, score_cases
-from torch import Tensor
+from metric_recipe import activations, feature_cases, golden_json, logits, rng, score_cases
+from torch import Tensor, distributed, multiprocessing
 
 from bench import metrics
 from bench.errors import UserError
-from bench.metrics.base import SampleMetric
+from bench.metrics.base import SampleMetric, share_states
 from bench.metrics.class_accuracy import ClassAccuracy
-from bench.metrics.frechet import FrechetFromRows, FrechetFromSums, Moments, MomentSums, frechet_distance
+from bench.metrics.frechet import FrechetExtrapolated, FrechetFromRows, Moments, MomentSums, frechet_distance
 from bench.metrics.inception_score import InceptionScore
 from bench.metrics.precision_recall import Precision, Recall, squared_distances, squared_norms, squared_radii
-from bench.metrics.uncertainty import T_QUANTILES, jackknife_groups
 
 CASES = feature_cases(11)
 EXPECTED = golden_json("expected")
@@ -45,16 +45,6 @@ def feed(metric: SampleMetric, rows: np.ndarray | Tensor, labels: Tensor | None 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_frechet_distance_equals_the_definition(name):
-    reference, sample = CASES[name]
-    expected = EXPECTED["cases"][name]["definition_float64"]["fid"]
-    full_rank = len(sample) > sample.shape[1] and name != "dead_features"
-    found = feed(frechet_distance(moments(reference), len(sample)), sample).value
-    assert found == pytest.approx(expected, rel=1e-9 if full_rank else 1e-6, abs=1e-6 if name == "identical" else 0)
-    assert found >= 0
-
-
-@pytest.mark.parametrize("name", CASES)
 def test_precision_and_recall_equal_the_definition(name):
     reference, sample = map(torch.from_numpy, CASES[name])
     precision, recall = EXPECTED["cases"][name]["definition_float64"]["precision_recall"]
@@ -72,34 +62,6 @@ def test_inception_score_equals_the_adm_evaluator(name):
     assert found == pytest.approx(expected["definition_float64_log_softmax"], rel=1e-12)
     if not expected["is_nan"]:  # ADM's own value is NaN where a probability underflows
         assert found == pytest.approx(expected["value"], rel=2e-6)
-
-
-def test_fid_and_sfid_equal_the_adm_evaluator_on_network_features():
-    arrays, expected = golden_arrays("adm_e2e_small"), golden_json("adm_e2e_small")
-    for kind, name in (("pool", "fid"), ("spatial", "sfid")):
-        reference = moments(arrays[f"ref_{kind}"])
-        found = feed(frechet_distance(reference, 10), arrays[f"sample_{kind}"]).value
-        assert found == pytest.approx(expected["definition_float64"][name], rel=1e-6)
-        assert found == pytest.approx(expected[name], rel=1e-5)  # ADM averages in float32
-
-
-def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
-    mu, a, b = torch.tensor([1.0, -2.0, 0.5]).double(), torch.tensor([4.0, 1.0, 9.0]), torch.tensor([1.0, 0.25, 16.0])
-    found = Moments(mu, a.double().diag()).distance(Moments(0 * mu, b.double().diag()))
-    assert float(found) == pytest.approx(5.25 + (1 + 0.25 + 1))  # |mu|^2 + sum (sqrt a - sqrt b)^2
-
-
-def test_both_ways_to_a_frechet_distance_agree():
-    reference, sample = moments(activations(300, 24, 3, 1)), activations(150, 24, 3, 2, shift=0.1)
-    sums = feed(FrechetFromSums(reference, 150), sample)
-    # The n x n matrix has 126 eigenvalues that are rounding, and a square root keeps half of their digits.
-    assert list(feed(FrechetFromRows(reference, 150), sample)) == pytest.approx(list(sums), rel=1e-5)
-
-
-def test_number_of_samples_decides_how_a_frechet_distance_is_kept():
-    reference = moments(activations(50, 16, 3, 1))
-    assert isinstance(frechet_distance(reference, 16), FrechetFromRows)
-    assert isinstance(frechet_distance(reference, 17), FrechetFromSums)
 
 
 def test_a_copy_of_a_reference_row_lies_in_its_ball_of_radius_zero():
@@ -123,96 +85,13 @@ def test_class_accuracy_takes_the_majority_and_the_nearest_on_a_tie():
     assert found.value == 0.75
 
 
-def subset_values(build: Callable[[int], SampleMetric], rows: Tensor, labels: Tensor | None) -> list[float]:
-    """The score without each jackknife group, by scoring the remaining rows as a set of their own."""
-    values = []
-    groups = jackknife_groups(len(rows))
-    for group in range(10):
-        kept = groups != group
-        values.append(feed(build(int(kept.sum())), rows[kept], None if labels is None else labels[kept]).value)
-    return values
-
-
-@pytest.mark.parametrize("score", ["fid_sums", "fid_rows", "inception_score", "precision", "recall", "class_accuracy"])
-def test_interval_is_the_jackknife_of_ten_scores_without_a_group(score):
-    wide = score == "fid_rows"
-    reference = torch.from_numpy(activations(220, 200 if wide else 12, 3, 1))
-    rows = torch.from_numpy(activations(103, 200 if wide else 12, 3, 2, shift=0.2, scale=0.9))
-    asked = torch.arange(103) % 2
-    build: Callable[[int], SampleMetric] = {
-        "fid_sums": lambda n: frechet_distance(moments(reference), n),
-        "fid_rows": lambda n: frechet_distance(moments(reference), n),
-        "inception_score": lambda n: InceptionScore(12, n),
-        "precision": lambda n: Precision(reference, squared_radii(reference), n),
-        "recall": lambda n: Recall(reference, n),
-        "class_accuracy": lambda n: ClassAccuracy(reference, torch.arange(220) % 2, n),
-    }[score]
-    labels = asked if score == "class_accuracy" else None
-    values = np.array(subset_values(build, rows, labels))
-    expected = 2.2621571628 * math.sqrt(9 / 10 * ((values - values.mean()) ** 2).sum())
-    found = feed(build(103), rows, labels)
-    assert found.ci95 == pytest.approx(expected, rel=1e-6)
-    assert found.ci95 > 0
-
-
-def draw_gaussians(seed: int, n: int, d: int) -> Tensor:
-    return 0.3 + 1.1 * torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize(
-    "score, n, d, repetitions",
-    [
-        ("fid", 100, 4, 200),
-        ("fid", 40, 64, 200),
-        ("inception_score", 300, 10, 200),
-        ("precision", 200, 4, 200),
-        ("recall", 100, 8, 200),
-    ],
-)
-def test_intervals_cover_the_mean_score_of_sets_of_that_size(score, n, d, repetitions):
-    standard = torch.randn(500, d, generator=torch.Generator().manual_seed(99_999))
-    build: Callable[[], SampleMetric] = {
-        "fid": lambda: frechet_distance(Moments(torch.zeros(d).double(), torch.eye(d).double()), n),
-        "inception_score": lambda: InceptionScore(d, n),
-        "precision": lambda: Precision(standard, squared_radii(standard), n),
-        "recall": lambda: Recall(standard, n),
-    }[score]
-    scores = []
-    for seed in range(repetitions):
-        metric = build()
-        metric.update(draw_gaussians(seed, n, d), torch.arange(n))
-        scores.append(metric.compute())
-    values, widths = np.array(scores).T
-    coverage = (np.abs(values - values.mean()) <= widths).mean()
-    assert 0.88 <= coverage <= 0.99
-
-
-def test_quantiles_are_those_of_student_t():
-    for degrees, quantile in enumerate(T_QUANTILES, start=1):
-        x = np.linspace(0, quantile, 200_001)
-        density = math.gamma((degrees + 1) / 2) / math.sqrt(degrees * math.pi) / math.gamma(degrees / 2)
-        assert np.trapezoid(density * (1 + x**2 / degrees) ** (-(degrees + 1) / 2), x) == pytest.approx(0.475, abs=1e-6)
-
-
-def test_jackknife_groups_are_equal_and_cut_across_labels_that_go_round():
-    groups = jackknife_groups(500)
-    assert groups.bincount().tolist() == [50] * 10
-    table = torch.zeros(10, 10).index_put((groups, torch.arange(500) % 10), torch.ones(500), accumulate=True)
-    assert table.max() < 15  # groups by index % 10 would have 50 of one class
-
-
-def test_no_hit_at_all_still_leaves_doubt():
-    reference = torch.from_numpy(CASES["base"][0])
-    found = feed(Precision(reference, squared_radii(reference), 60), torch.full((60, 64), 50.0))
-    assert found == (0.0, 3 / 60)
-
-
 def build_all(num_samples: int) -> dict[str, SampleMetric]:
     rows = torch.from_numpy(activations(200, 16, 3, 1))
     wide = moments(activations(200, 128, 3, 1))
     return {
         "fid_sums": frechet_distance(moments(rows), num_samples),
         "fid_rows": frechet_distance(wide, num_samples),
+        "fid_inf": FrechetExtrapolated(moments(rows), num_samples),
         "inception_score": InceptionScore(16, num_samples, part=40),
         "precision": Precision(rows, squared_radii(rows), num_samples),
         "recall": Recall(rows, num_samples),
@@ -308,10 +187,12 @@ def test_too_few_reference_rows_are_refused():
         moments(torch.zeros(1, 2))
 
 
-def test_columns_name_every_extractor_but_inception():
-    assert [metrics.column(name, "inception") for name in ("fid", "sfid", "recall")] == ["fid", "sfid", "recall"]
-    names = [metrics.column(name, "effnet-lite0") for name in ("fid", "sfid", "recall")]
-    assert names == ["fd[effnet-lite0]", "sfd[effnet-lite0]", "recall[effnet-lite0]"]
+def test_columns_name_every_extractor_but_inception_and_few_samples():
+    names = ("fid", "fid_inf", "sfid", "kid", "recall")
+    assert [metrics.column(name, "inception", 50_000) for name in names] == list(names)
+    other = [metrics.column(name, "effnet-lite0", 500) for name in names]
+    assert other == [f"{name}[effnet-lite0]" for name in ("fd500", "fd_inf", "sfd500", "kd", "recall")]
+    assert metrics.column("fid", "inception", 5000, "bf16") == "fid5k[bf16]"
 
 
 def test_unknown_metric_gets_a_suggestion():
@@ -324,55 +205,118 @@ def test_names_and_columns_load_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-# Each process scores its share of the samples of `build_all` and prints what it computes.
-TWO_PROCESSES = """
-import json, sys, torch
-sys.path[:0] = [r"{root}", r"{root}/tests", r"{root}/tests/bench"]
-import torch.distributed as dist
-from bench.errors import UserError
-from test_metrics import build_all, sample_rows
-rank = int(sys.argv[1])
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://{store}", rank=rank, world_size=2)
-everyone = torch.arange(101)
-shares = dict(uneven=(everyone[::3], torch.cat([everyone[1::3], everyone[2::3]])), one_idle=(everyone, everyone[:0]))
-shares["padded"] = (everyone[::2], torch.cat([everyone[1::2], everyone[:1]]))
-found = dict()
-for case, share in shares.items():
-    for name, metric in build_all(101).items():
-        for batch in share[rank].split(16):
-            metric.update(sample_rows(metric, 101)[batch], batch, batch % 10)
-        try:
-            found[case + " " + name] = metric.compute()
-        except UserError as error:
-            found[case + " " + name] = str(error)
-print(json.dumps(found))
-"""
+def shares(world: int) -> dict[str, list[Tensor]]:
+    """The samples each process scores, in a random order; in `idle` one has none, in `padded` sample 0 comes twice."""
+    order = torch.from_numpy(rng(9).permutation(101))
+    cases = {"uneven": [30, 71, 0][: world - 1], "idle": [60, 0][: world - 1]}
+    cut = {name: list(order.split([*sizes, 101 - sum(sizes)])) for name, sizes in cases.items()}
+    return cut | {"padded": [*cut["uneven"][:-1], torch.cat([torch.tensor([int(order[0])]), cut["uneven"][-1]])]}
+
+
+def score_share(rank: int, world: int, directory: Path) -> None:
+    """What one process of `world` computes, to <rank>.json."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world)
+    found: dict[str, object] = {}
+    for case, share in shares(world).items():
+        for name, metric in build_all(101).items():
+            for batch in share[rank].split(7 + 9 * rank):
+                metric.update(sample_rows(metric, 101)[batch], batch, batch % 10)
+            try:
+                found[f"{case} {name}"] = metric.compute()
+            except UserError as error:
+                found[f"{case} {name}"] = str(error)
+    found["shared"] = score_together(shares(world)["idle"][rank])
+    (directory / f"{rank}.json").write_text(json.dumps(found))
+    distributed.destroy_process_group()
 
 
 @pytest.mark.distributed
-def test_two_processes_give_the_digits_of_one(tmp_path):
-    code = TWO_PROCESSES.format(root=ROOT, store=tmp_path / "store")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code, str(rank)], stdout=subprocess.PIPE, env=environment
-        )
-        for rank in (0, 1)
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_give_the_digits_of_one(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    multiprocessing.spawn(score_share, (world, tmp_path), nprocs=world)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world)]
+    assert all(other == found[0] for other in found)
+    assert found[0].pop("shared") == [
+        {name: pytest.approx(list(score), rel=1e-12) for name, score in scores.items()}
+        for scores in score_together(torch.arange(101))
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in running]
-    found = [json.loads(output.splitlines()[-1]) for output in outputs]
-    assert found[0] == found[1]
     for name, metric in build_all(101).items():
         metric.update(sample_rows(metric, 101), torch.arange(101), torch.arange(101) % 10)
-        alone = metric.compute()
-        for case in ("uneven", "one_idle"):
-            assert found[0][f"{case} {name}"] == pytest.approx(list(alone), rel=1e-11), (case, name)
-        padded = found[0][f"padded {name}"]
-        if name in ("fid_sums", "inception_score"):  # a row that came twice cannot be taken out of a sum
-            assert "sample 0 from more than one process" in padded
+        alone = list(metric.compute())
+        counted = name in ("precision", "recall", "class_accuracy")
+        for case in ("uneven", "idle"):
+            assert found[0][f"{case} {name}"] == (alone if counted else pytest.approx(alone, rel=1e-12)), (case, name)
+        if name in ("fid_sums", "fid_inf", "inception_score"):  # a row cannot be taken out of a sum again
+            assert "from more than one process" in found[0][f"padded {name}"]
         else:
-            assert padded == pytest.approx(list(alone), rel=1e-11)
+            assert found[0][f"padded {name}"] == pytest.approx(alone, rel=1e-12)
+
+
+def build_pool() -> dict[str, SampleMetric]:
+    """Metrics on the same 16 features; the first two keep the same sums, the next two the same rows."""
+    built = build_all(101)
+    reference = moments(activations(200, 16, 3, 1))
+    return {
+        "fid": built["fid_sums"],
+        "fid_inf": built["fid_inf"],
+        "recall": built["recall"],
+        "fid_from_rows": FrechetFromRows(reference, 101),
+        "precision": built["precision"],
+    }
+
+
+def score_together(share: Tensor) -> list[dict[str, metrics.Score]]:
+    """Scores of metrics that hold their states in common, then the same after a reset and in other batches."""
+    built = build_pool()
+    collection = share_states(built)
+    rows, scores = sample_rows(built["fid"], 101), []
+    for size in (40, 16):
+        collection.reset()
+        for batch in share.split(size):
+            collection.update(rows[batch], batch, batch % 10)
+            assert built["fid"].outer is built["fid_inf"].outer
+            assert built["fid"].pending is built["fid_inf"].pending
+            assert built["recall"].rows is built["fid_from_rows"].rows
+        scores.append(collection.compute())
+    return scores
+
+
+def test_metrics_of_one_collection_share_their_states():
+    for scores in score_together(torch.arange(101)):
+        for name, alone in build_pool().items():
+            alone.update(sample_rows(alone, 101), torch.arange(101), torch.arange(101) % 10)
+            assert list(scores[name]) == pytest.approx(list(alone.compute()), rel=1e-12), name
+
+
+@pytest.mark.parametrize("score", build_all(101))
+def test_a_saved_state_goes_on_where_it_was(score):
+    half, rest, alone = (build_all(101)[score] for _ in range(3))
+    rows, labels, indices = sample_rows(half, 101), torch.arange(101) % 10, torch.arange(101)
+    for metric in (half, rest):
+        metric.persistent(True)
+    half.update(rows[:50], indices[:50], labels[:50])
+    rest.load_state_dict(half.state_dict())
+    rest.update(rows[40:], indices[40:], labels[40:])
+    alone.update(rows, indices, labels)
+    assert list(rest.compute()) == pytest.approx(list(alone.compute()), rel=1e-12)
+
+
+MODULES = [f"bench.metrics.{module.name}" for module in pkgutil.iter_modules(metrics.__path__)]
+
+
+@pytest.mark.parametrize("name", ["bench.metrics", *MODULES])
+def test_examples_in_docstrings_run(name):
+    module = importlib.import_module(name)
+    assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_metric_has_an_example(name):
+    for title, found in vars(importlib.import_module(name)).items():
+        if inspect.isclass(found) and issubclass(found, SampleMetric) and found.__module__ == name:
+            assert inspect.isabstract(found) or ">>>" in (found.__doc__ or ""), title
 
 
 def test_spatial_logits_and_pool_reach_the_metric_that_wants_them():

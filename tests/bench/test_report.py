@@ -92,7 +92,7 @@ def test_names_and_notes_stay_text(source):
 def test_it_says_all_that_is_stored(source, comparison):
     text = Page(source).text
     for row in comparison:
-        assert f"{row.scores['fd[effnet-lite0]']:.2f} ± {row.ci95['fd[effnet-lite0]']:.2f}" in text
+        assert f"{row.scores['fd500[effnet-lite0]']:.2f} ± {row.ci95['fd500[effnet-lite0]']:.2f}" in text
         assert row.run_id in text
     for key, value in comparison[0].protocol.items():
         assert f'<th scope="row">{key}</th><td>{html.escape(str(value)).replace("&#x27;", "&#39;")}</td>' in source
