@@ -13,7 +13,7 @@ compare: .venv/installed  ## the embedded comparison; settings as ARGS="budget.t
 	$(BIN)/python -m bench compare digits $(ARGS)
 
 test: .venv/installed  ## the tests; pytest options as ARGS="-k flops"
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: .venv/installed  ## formatting, linter, types
 	$(BIN)/ruff format --check .

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bench import registry
 from bench.budget import BudgetConfig
 from bench.errors import UserError
-from datamodules.base import DataConfig
+from datamodules.base import MACHINE_FIELDS, DataConfig
 from models.recipe import Recipe, SamplerConfig, require, require_positive
 
 WANDB_PROJECT = "isodiff"
@@ -122,6 +122,7 @@ class RunConfig:
         trained = {
             key: value for key, value in asdict(self).items() if key in ("model", "data", "recipe", "budget", "seed")
         }
+        trained["data"] = {key: value for key, value in trained["data"].items() if key not in MACHINE_FIELDS}
         trained |= {"architecture": self.use.model, "precision": self.trainer.precision}
         digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.use.model}-{self.model.size.replace('/', '-')}-{self.use.data}-{digest}".lower()
@@ -134,6 +135,7 @@ class RunConfig:
         return yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
 
 
+EVAL_MACHINE = ("extractor_weights", "fetch_weights", "compile")  # settings of `eval` that change no score
 # The settings of `eval` that count where samples are finished: the extractor's, and how they are scored.
 EXTRACTING = ("extractor", "extractor_weights", "fetch_weights", "compile")
 SCORING = (*EXTRACTING, "num_samples", "batch_size", "precision", "reference", "metrics")
@@ -162,7 +164,8 @@ class Comparison:
     @property
     def directory(self) -> Path:
         """The comparison's own directory, named by what is compared and how it is scored."""
-        scored = json.dumps([[run.run_id, asdict(run.eval)] for run in self.runs], sort_keys=True, default=str)
+        protocols = [{k: v for k, v in asdict(run.eval).items() if k not in EVAL_MACHINE} for run in self.runs]
+        scored = json.dumps([[r.run_id, p] for r, p in zip(self.runs, protocols, strict=True)], sort_keys=True)
         digest = hashlib.sha256(scored.encode()).hexdigest()[:8]
         return Path(self.runs[0].paths.runs) / f"compare-{self.name}-{digest}"
 

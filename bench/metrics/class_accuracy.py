@@ -16,6 +16,17 @@ class ClassAccuracy(ShareMetric):
     """Share of samples whose 5 nearest reference rows (m, d) mostly carry the label asked for.
 
     A tie goes to the class of the nearest row among those tied. `row_labels` (m,) are the reference's.
+
+    Raises: UserError for fewer than 5 reference rows, another number of labels, or (from `update`) no labels asked for.
+
+    >>> import torch
+    >>> from bench.metrics.class_accuracy import ClassAccuracy
+    >>> reference = torch.tensor([0.0, 0.1, 0.2, 9.0, 9.1, 9.2])[:, None]
+    >>> metric = ClassAccuracy(reference, torch.tensor([0, 0, 0, 1, 1, 1]), num_samples=4)
+    >>> features = torch.tensor([[0.3], [8.8], [0.4], [9.3]])
+    >>> metric.update(features, indices=torch.arange(4), labels=torch.tensor([0, 1, 1, 1]))
+    >>> metric.compute().value
+    0.75
     """
 
     rows: Tensor

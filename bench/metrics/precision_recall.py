@@ -28,7 +28,8 @@ from bench.metrics.base import BLOCK, RowMetric, ShareMetric
 
 NEIGHBOURS = 3
 CANDIDATES = 10  # nearest rows by quick distances, among which the ball's radius is sought
-HELD = 2_000_000  # float64 numbers held at once besides tiles
+HELD = 2_000_000  # distances held at once where rows are compared with all others
+REFINED = 200_000  # coordinates held at once where they are compared with their candidates
 
 
 def squared_norms(rows: Tensor) -> Tensor:
@@ -43,8 +44,8 @@ def squared_distances(a: Tensor, b: Tensor, b_norms: Tensor) -> Tensor:
     """
     a_norms = squared_norms(a)
     distances = torch.addmm(b_norms, a, b.T, alpha=-2).add_(a_norms[:, None])
-    rounding = 1e-12 * float(a_norms.max() + b_norms.max())
-    return torch.threshold_(distances, rounding, 0.0)
+    rounding = distances < 1e-12 * (a_norms[:, None] + b_norms)
+    return distances.masked_fill_(rounding, 0)
 
 
 def squared_radii(rows: Tensor) -> Tensor:
@@ -143,7 +144,8 @@ class Arithmetic(ABC):
         for part, part_norms, reach in _blocks(rows, norms, radii.float()):
             distances = self.distances(self.products(a, part), a_norms, part_norms)
             finite &= distances.sum(1).isfinite()
-            deepest = torch.stack([(column - distances).amax(1) for column in reach.T], 1)
+            room = torch.empty_like(distances)
+            deepest = torch.stack([torch.sub(column, distances, out=room).amax(1) for column in reach.T], 1)
             margin = torch.maximum(margin, deepest)
         scale = a_norms.double() + norms.max().double() + radii.max().clamp(min=0)
         tolerance = self.tolerance(a.shape[1], scale).masked_fill_(~finite, torch.inf)[:, None]
@@ -172,7 +174,10 @@ class Exact(Arithmetic):
     """Float32 products decide most rows, float64 distances the others."""
 
     def norms(self, rows: Tensor) -> Tensor:
-        return torch.cat([squared_norms(part.double()) for part in rows.split(BLOCK)])
+        norms = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
+        for part, found in _blocks(rows, norms):
+            found.copy_(squared_norms(part.double()))
+        return norms
 
     def products(self, a: Tensor, b: Tensor) -> Tensor:
         return _float32_products(a, b)
@@ -193,12 +198,10 @@ class Exact(Arithmetic):
         return squared_distances(a.double(), b.double(), b_norms)
 
     def refined(self, rows: Tensor, columns: Tensor, quick: Tensor) -> Tensor:
-        size = max(1, HELD // (columns.shape[1] * rows.shape[1]))
-        distances = [
-            rows[near].double().sub_(own[:, None]).square_().sum(2)  # (b, C, d) -> (b, C)
-            for own, near in zip(rows.split(size), columns.split(size), strict=True)
-        ]
-        return torch.cat(distances).masked_fill_(quick.isinf(), torch.inf)
+        distances = torch.empty_like(quick, dtype=torch.float64)
+        for own, near, found in _blocks(rows, columns, distances, size=max(1, REFINED // (CANDIDATES * rows.shape[1]))):
+            found.copy_(rows[near].double().sub_(own[:, None]).square_().sum(2))  # (b, C, d) -> (b, C)
+        return distances.masked_fill_(quick.isinf(), torch.inf)
 
 
 class AdmFloat16(Arithmetic):
@@ -211,7 +214,10 @@ class AdmFloat16(Arithmetic):
     """
 
     def norms(self, rows: Tensor) -> Tensor:
-        return torch.cat([part.half().square().float().sum(1) for part in rows.split(BLOCK)]).half()
+        norms = torch.empty(len(rows), dtype=torch.float16, device=rows.device)
+        for part, found in _blocks(rows, norms):
+            found.copy_(part.half().square().float().sum(1))
+        return norms
 
     def products(self, a: Tensor, b: Tensor) -> Tensor:
         return _float32_products(a.half().float(), b.half().float()).half()
@@ -311,8 +317,9 @@ def _radii(distances: Tensor, owners: Tensor, num_groups: int) -> Tensor:
     return torch.stack([others.kthvalue(NEIGHBOURS + 1).values for others in kept], 1)  # (b, 1 + G)
 
 
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(tensor.split(BLOCK) for tensor in tensors), strict=True)
+def _blocks(*tensors: Tensor, size: int = BLOCK) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each, `size` at a time."""
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
 def _float32_products(a: Tensor, b: Tensor) -> Tensor:
