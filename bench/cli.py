@@ -52,6 +52,25 @@ def train(args: argparse.Namespace) -> None:
         train(config)
 
 
+def prepare(args: argparse.Namespace) -> None:
+    from bench.prepare import prepare
+
+    prepare(args.name, args.overrides)
+
+
+def data(args: argparse.Namespace) -> None:
+    if (args.action == "show") != (args.out is not None):
+        raise UserError("--out names the PNG of `data show`; `data check` prints only.")
+    from bench import data_tools
+    from bench.prepare import load_data
+
+    config = load_data(args.name, args.overrides)
+    if args.action == "show":
+        data_tools.show(config, Path(args.out))
+    else:
+        data_tools.check(config)
+
+
 def sample(args: argparse.Namespace) -> None:
     from bench.evaluate import load_trained, sample
 
@@ -134,6 +153,37 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("name", help="a file of configs/compare/, or a path to a YAML file")
     _overrides(sub)
     _dry_run(sub)
+
+    sub = command(
+        prepare,
+        "Encode a data set into its latent cache, once. The same command goes on where it was, with any number of "
+        "processes, and does nothing for a finished cache. `train` and `compare` do the same on their own.",
+        """
+        python -m bench prepare imagenet256 data.root=/data/imagenet data.autoencoder_path=/models/sd-vae-ft-mse
+        python -m bench prepare lsun_bedrooms256 data.root=/data/lsun data.autoencoder_path=/models/sd-vae-ft-mse
+        torchrun --nproc-per-node 8 -m bench prepare imagenet512 data.root=/data/imagenet data.autoencoder_path=vae/
+        python -m bench prepare folder data.root=photos/ data.resolution=64 data.autoencoder=identity
+        python -m bench prepare folder data.root=photos/ data.resolution=32 data.on_error=skip trainer.devices=2
+        """,
+    )
+    sub.add_argument("name", help="a data set, datamodules/<name>.py")
+    _overrides(sub)
+
+    sub = command(
+        data,
+        "check: verify a latent cache (counts, hashes, statistics, classes), or the raw images where there is none. "
+        "show: a PNG of raw, cropped and decoded images.",
+        """
+        python -m bench data check imagenet256
+        python -m bench data check imagenet256 data.root=/data/imagenet
+        python -m bench data show digits --out digits.png
+        python -m bench data show folder --out photos.png data.root=photos/ data.resolution=64 data.autoencoder=identity
+        """,
+    )
+    sub.add_argument("action", choices=("check", "show"))
+    sub.add_argument("name", help="a data set, datamodules/<name>.py")
+    sub.add_argument("--out", metavar="PNG", help="the file that `show` writes")
+    _overrides(sub)
 
     sub = command(
         train,
@@ -234,10 +284,11 @@ def _parser() -> argparse.ArgumentParser:
         """
         python -m bench perf evaluator                                five minutes on 2 cores
         python -m bench perf evaluator --only frechet --rounds 5
+        python -m bench perf data                                     latents, crops, and the loader beside the encoder
         """,
     )
-    sub.add_argument("area", help="what to measure: evaluator")
-    sub.add_argument("--only", metavar="NAME", help="frechet, moments, precision_recall or inception")
+    sub.add_argument("area", help="what to measure: evaluator or data")
+    sub.add_argument("--only", metavar="NAME", help="one line of the table, such as frechet or crops")
     sub.add_argument("--rounds", type=int, default=3, help="rounds after one to warm up (default: 3)")
     return parser
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterable
@@ -11,13 +10,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from datamodules.processes import Processes
+
 
 def is_main_process() -> bool:
     """True on the process that prints and writes files (rank 0 under Lightning, torchrun and SLURM)."""
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        if name in os.environ:
-            return os.environ[name] == "0"
-    return True
+    return Processes.here().rank == 0
 
 
 def quiet_lightning() -> None:

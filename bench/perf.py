@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench import perf_data
 from bench.console import progress
 from bench.errors import UserError
 from bench.registry import nearest
@@ -253,5 +254,6 @@ AREAS: dict[str, dict[str, Callable[[], list[Duel]]]] = {
         "moments": _moments,
         "precision_recall": _precision_recall,
         "inception": _inception,
-    }
+    },
+    "data": perf_data.DATA,
 }

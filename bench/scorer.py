@@ -73,15 +73,23 @@ class DataReference:
 
     @staticmethod
     def of_dataset(name: str, settings: DataConfig) -> DataReference:
+        """Raises: UserError for settings or images that do not fit."""
         dataset = registry.dataset(name)
-        images, labels = dataset.images(settings)
+        try:
+            images, labels = dataset.images(settings)
+            identity = dataset.identity(settings)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        labelled = bool(labels.any())  # an unlabelled set has zeros
 
         def read(block: range) -> tuple[Tensor, Tensor | None]:
             rows = slice(block.start, block.stop)
-            return images[rows], labels[rows] if dataset.num_classes else None
+            try:
+                return images[rows], labels[rows] if labelled else None
+            except ValueError as error:  # a picture that cannot be decoded
+                raise UserError(str(error)) from None
 
-        identity = json.dumps([dataset.image_rule, settings.resolution, settings.subset])
-        return DataReference(name, name, identity, len(images), dataset.image_rule, read)
+        return DataReference(name, name, identity, len(images), dataset.rule(settings), read)
 
     @staticmethod
     def of_images(images: ImageSet) -> DataReference:

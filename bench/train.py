@@ -28,9 +28,8 @@ from bench.console import is_main_process, quiet_lightning, say
 from bench.errors import UserError
 from bench.files import atomic_write
 from bench.flops import GflopsReport, count
-from bench.prepare import Data, prepare_data
+from bench.prepare import Data, data_ends, prepare_data
 from bench.tracking import Tracker
-from models.autoencoder import latent_shape
 from models.base import BackboneSpec, DiffusionModule
 
 
@@ -46,12 +45,11 @@ class Plan:
 
 def plan(config: RunConfig) -> Plan:
     """Ends of the backbone, its Gflops, and the steps the budget buys. Raises: UserError if it buys none."""
-    data = registry.dataset(config.use.data)
-    channels, size = latent_shape(config.data.autoencoder, data.image_size)
+    ends = data_ends(config)
     spec = BackboneSpec(
-        in_channels=channels,
-        latent_size=size,
-        num_classes=data.num_classes,
+        in_channels=ends.channels,
+        latent_size=ends.side,
+        num_classes=ends.num_classes,
         learn_sigma=config.recipe.process.learn_sigma,
         null_label=config.recipe.label_dropout > 0,
     )
@@ -74,10 +72,16 @@ def train(config: RunConfig, data: Data | None = None, tracker: Tracker | None =
     """
     run, directory = plan(config), config.directory
     final = checkpoint_path(directory, run.budget.steps)
-    if final.exists() and read_state(directory).get("state") == "finished":
+    data = data or prepare_data(config)
+    state = read_state(directory)
+    if final.exists() and state.get("state") == "finished":
+        if state["latents"] != data.fingerprint:
+            raise UserError(
+                f"{directory} was trained on other latents than {data.latents} (another data.root or autoencoder). "
+                "Give the one it was trained on, or another paths.runs."
+            )
         say(f"{config.run_id}: already trained ({run.budget.steps} steps)")
         return final
-    data = data or prepare_data(config)
     budget = run.budget
     say(f"{config.run_id}: {budget.steps} steps x {config.recipe.batch_size} images, {budget.train_gflops:.4g} Gflops")
     if is_main_process():
@@ -111,6 +115,7 @@ def train(config: RunConfig, data: Data | None = None, tracker: Tracker | None =
         steps=run.budget.steps,
         images_seen=run.budget.images,
         train_gflops=run.budget.train_gflops,
+        latents=data.fingerprint,
         train_seconds=round(log.seconds, 3),
         device=device_name(),
         world_size=trainer.world_size,

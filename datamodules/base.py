@@ -1,20 +1,22 @@
 """What every data set shares: the batch, the bundle, and the one order of training.
 
 A position counts the samples consumed since step 0. It alone decides which image is seen (epoch position // n, row
-permutation(seed, epoch)[position % n]) and which posterior noise it gets. Batches run over epoch borders: nothing is
-dropped, none is short. Any number of processes, and any resume, therefore trains on the same samples.
+permutation(seed, epoch)[position % n]), whether it is mirrored, and which posterior noise it gets. Batches run over
+epoch borders: nothing is dropped, none is short. Any number of processes, and any resume, therefore trains on the same
+samples.
 
 Shapes: B batch, C latent channels, H W latent size, n images of the set.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -22,9 +24,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from datamodules.prepare import ImageSource, LatentCache
+from datamodules.cache import LatentCache
+from datamodules.crops import RULES
+from datamodules.prepare import ImageSource
+from datamodules.raw import EncodedImages, compare_classes
 
-POSTERIOR, ORDER = 16, 17  # top word of the Philox counter; the streams of models/noise.py lie below 16
+# Top word of the Philox counter; the streams of models/noise.py lie below 16.
+POSTERIOR, ORDER, MIRROR = 16, 17, 18
+MACHINE_FIELDS = ("root", "autoencoder_path", "num_workers")  # of DataConfig: change nothing that is learned
 
 
 class Batch(NamedTuple):
@@ -39,17 +46,44 @@ class Batch(NamedTuple):
 class DataConfig:
     """Which images are seen, through which autoencoder, and where both lie on this machine."""
 
+    root: str | None = None  # folder, or archive, of the raw images on this machine; digits bring their own
     resolution: int | None = None  # image side in pixels; None = the set's own
+    crop: str | None = None  # adm_imagenet | adm_lsun | ldm; None = the set's own
+    classes: tuple[str, ...] | None = None  # only these classes, by name; None = all
     subset: int | None = None  # so many images, drawn once without regard to the seed; None = all
+    conditional: bool = True  # false: the labels are not given to the model
+    on_error: str = "stop"  # at a picture that cannot be decoded: stop, or skip it and list it in the manifest
+    mirrors: bool | None = None  # train on horizontal mirrors too, half of the time; None = as the set's papers do
+    dtype: str | None = None  # of cached latents: float32 | float16; None = the set's own
     autoencoder: str = "tiny-digits"  # or identity, or one of the Stable Diffusion autoencoders
-    autoencoder_path: str | None = None  # weights of a Stable Diffusion autoencoder: folder or file
+    autoencoder_path: str | None = None  # its weights: folder or file; tiny-digits has a folder in the cache
     num_workers: int = 0  # loader processes; latents need none (handing a batch over costs more than reading it)
 
     def __post_init__(self) -> None:
         if self.subset is not None and self.subset < 1:
             raise ValueError(f"data.subset is {self.subset}; it must be at least 1, or null for all images.")
+        if self.resolution is not None and self.resolution < 1:
+            raise ValueError(f"data.resolution is {self.resolution}; it must be at least 1 pixel.")
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers is {self.num_workers}; it must be 0 or more.")
+        for key, allowed in (
+            ("crop", (None, *RULES)),
+            ("on_error", ("stop", "skip")),
+            ("dtype", (None, "float32", "float16")),
+        ):
+            if (value := getattr(self, key)) not in allowed:
+                choices = ", ".join("null" if choice is None else choice for choice in allowed)
+                raise ValueError(f"data.{key} is {value!r}. Choose one of {choices}.")
+        if self.classes is not None:
+            object.__setattr__(self, "classes", tuple(self.classes))
+            if not self.classes or len(set(self.classes)) < len(self.classes):
+                raise ValueError(f"data.classes is {list(self.classes)}; name at least one class, each once.")
+
+    def require_defaults(self, title: str, *keys: str) -> None:
+        """Raises: ValueError if one of the settings `keys` is given, which the set `title` does not have."""
+        for field in fields(self):
+            if field.name in keys and getattr(self, field.name) != field.default:
+                raise ValueError(f"data.{field.name} is given, but {title} have no such choice. Leave it out.")
 
 
 @dataclass(frozen=True)
@@ -58,10 +92,32 @@ class DataSet:
 
     title: str
     image_size: int  # side in pixels
-    num_classes: int  # 0 = unlabelled
+    num_classes: int  # 0 = unlabelled, or not known before the images are there
     image_rule: str  # how a stored picture becomes the square image that is trained on and scored against
     module: type[LatentDataModule]
     images: Callable[[DataConfig], tuple[ImageSource, Tensor]]  # -> uint8 (n,3,H,W), labels (n,) int64
+    raw: Callable[[DataConfig], EncodedImages] | None = None  # the pictures on the user's disk; None = brings its own
+    crop: str | None = None  # name of `image_rule` in crops.RULES, for pictures of the user
+    mirrors: bool = False
+    dtype: str = "float32"
+
+    def side(self, settings: DataConfig) -> int:
+        """Of the images, in pixels."""
+        return settings.resolution or self.image_size
+
+    def rule(self, settings: DataConfig) -> str:
+        """`image_rule` under these settings."""
+        return RULES[settings.crop] if settings.crop else self.image_rule
+
+    def with_mirrors(self, settings: DataConfig) -> bool:
+        return self.mirrors if settings.mirrors is None else settings.mirrors
+
+    def identity(self, settings: DataConfig) -> str:
+        """What decides the images: equal for equal images, wherever they lie."""
+        if self.raw is None:
+            return json.dumps([self.image_rule, settings.resolution, settings.subset])
+        images: Any = self.images(settings)[0]
+        return json.dumps([settings.crop or self.crop, self.side(settings), images.fingerprint])
 
 
 def subset_rows(count: int, subset: int | None) -> Tensor:
@@ -109,6 +165,18 @@ def posterior_eps(seed: int, positions: np.ndarray, shape: tuple[int, ...]) -> n
     return eps
 
 
+def mirror_bits(seed: int, positions: np.ndarray) -> np.ndarray:
+    """Which samples are seen mirrored (B,) bool: a fair coin of the Philox streams (seed, position)."""
+    bits = np.random.Philox(key=(seed, 0), counter=(0, 0, 0, MIRROR))
+    state = bits.state
+    coins = np.empty(len(positions), bool)
+    for row, position in enumerate(positions.tolist()):
+        state["state"]["key"][1] = position
+        bits.state = state
+        coins[row] = bits.random_raw() >> 63
+    return coins
+
+
 class LatentStream(IterableDataset[Batch]):
     """The batches of one process, without end, from a given position on."""
 
@@ -130,8 +198,12 @@ class LatentStream(IterableDataset[Batch]):
         """Positions (B,) int64 -> latents (posterior sample - shift) * scale, with their labels."""
         cache = self.cache
         rows = rows_at(positions, self.seed, cache.count)
-        mean, logvar = cache.moments(rows)  # (B,C,H,W) each
-        sample = mean + np.exp(0.5 * logvar) * posterior_eps(self.seed, positions, cache.latent_shape)
+        mirrored = mirror_bits(self.seed, positions) if cache.mirrors else None
+        if cache.pixels:
+            sample = cache.images(rows, mirrored)  # (B,3,H,W)
+        else:
+            mean, logvar = cache.moments(rows, mirrored)  # (B,C,H,W) each
+            sample = mean + np.exp(0.5 * logvar) * posterior_eps(self.seed, positions, cache.latent_shape)
         latents = (sample - cache.shift) * cache.scale
         return Batch(torch.from_numpy(latents), cache.labels[torch.from_numpy(rows)], torch.from_numpy(positions))
 
@@ -141,16 +213,27 @@ class LatentDataModule(L.LightningDataModule):
 
     `batch_size` is global, per optimizer step: process r of W takes positions r, r + W, ... of each batch, cut into
     `accumulate_grad_batches` parts. Use `Trainer(use_distributed_sampler=False)`.
+
+    Raises: ValueError if the cache is not there, damaged, or of a set that this module is not for.
     """
+
+    holds: ClassVar[tuple[str, ...]] = ()  # names of the sets whose caches it reads; none = any
 
     def __init__(self, cache: Path, *, batch_size: int, seed: int = 0, num_workers: int = 0) -> None:
         super().__init__()
         self.cache = LatentCache(cache)
+        if self.holds and (data := self.cache.manifest["data"]) not in self.holds:
+            raise ValueError(f"{cache} holds {data}; {type(self).__name__} reads {' or '.join(self.holds)}.")
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
 
     @property
     def num_classes(self) -> int:
         return self.cache.num_classes
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes in label order, where they have some."""
+        return self.cache.classes
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -195,10 +278,12 @@ class LatentDataModule(L.LightningDataModule):
         return self._trainer().global_step * self.batch_size
 
     def state_dict(self) -> dict[str, Any]:
-        return {"samples_consumed": self.samples_consumed, **self._order()}
+        return {"samples_consumed": self.samples_consumed, "classes": list(self.classes), **self._order()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises: ValueError if this checkpoint's samples came in another order or from other latents."""
+        if difference := compare_classes(self.classes, state_dict.get("classes", self.classes)):
+            raise ValueError(f"The checkpoint was trained on other classes. {difference}")
         for key, now in self._order().items():
             if state_dict[key] != now:
                 raise ValueError(

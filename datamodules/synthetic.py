@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from datamodules.base import DataConfig, DataSet, LatentDataModule, subset_rows
-from datamodules.prepare import CacheMeta, prepare_cache
+from datamodules.cache import CacheMeta
+from datamodules.prepare import prepare_cache
 
 COUNT, SIDE, CLASSES = 64, 16, 4
 
@@ -16,8 +17,9 @@ COUNT, SIDE, CLASSES = 64, 16, 4
 def load_images(config: DataConfig) -> tuple[Tensor, Tensor]:
     """-> images uint8 (n,3,16,16) whose brightness rises with the class, labels (n,) int64.
 
-    Raises: ValueError if another resolution than 16 is asked for.
+    Raises: ValueError if a choice of pictures, or another resolution than 16 is asked for.
     """
+    config.require_defaults("synthetic images", "root", "crop", "classes")
     if config.resolution not in (None, SIDE):
         raise ValueError(f"data.resolution is {config.resolution}; synthetic images have {SIDE}.")
     labels = torch.arange(COUNT) % CLASSES
@@ -34,8 +36,8 @@ def write_cache(path: Path, latent_shape: tuple[int, int, int] = (4, 8, 8), coun
         mean = torch.randn(len(images), *latent_shape, generator=generator)
         return mean, torch.full_like(mean, -4.6)  # log 0.1^2
 
-    channels = latent_shape[0]
-    meta = CacheMeta("synthetic", CLASSES, SIDE, "random", "none", "none", (1.0,) * channels, (0.0,) * channels)
+    unit, zero = (1.0,) * latent_shape[0], (0.0,) * latent_shape[0]
+    meta = CacheMeta("synthetic", CLASSES, SIDE, "random", "none", "none", latent_shape, unit, zero)
     prepare_cache(torch.zeros(count, 3, 1, 1), torch.arange(count) % CLASSES, encode, path, meta, progress=False)
     return path
 

@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from models.sd_weights import FILES, in_diffusers_shapes, is_ldm, ldm_name, read_weights
 
 SD_NAMES = ("sd-vae-ft-ema", "sd-vae-ft-mse", "sd-vae")  # fine-tuned decoders, and the original; one encoder
 TINY = "tiny-digits"
@@ -40,9 +43,7 @@ SD_CONFIG: dict[str, Any] = {
 }
 SD_FACTOR = 8
 SD_SCALE = 0.18215  # 1 / std of z: Latent Diffusion, appendix G; DiT and U-ViT use it, without a shift
-# Names of the attention weights in the published files -> in diffusers today.
-SD_RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-SD_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+ENCODER = ("encoder.", "quant_conv.")  # names of the weights that latents depend on
 
 TINY_FACTOR = 4
 WEIGHTS, CARD = "autoencoder.safetensors", "autoencoder.json"  # of an autoencoder trained here
@@ -98,17 +99,24 @@ class Autoencoder(nn.Module):
         self.register_buffer("_shift", torch.tensor(self.shift)[:, None, None], persistent=False)
         self.sha256 = weights_sha256(net.state_dict() if net is not None else {})
 
+    @cached_property
+    def encoder_sha256(self) -> str:
+        """Hash of the weights that latents depend on; the published Stable Diffusion decoders share one encoder."""
+        weights = self.net.state_dict() if self.net is not None else {}
+        return weights_sha256({name: value for name, value in weights.items() if name.startswith(ENCODER)})
+
     @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 (B,3,H,W) -> posterior mean and log variance of z, (B,C,h,w) each; pixels have variance 0."""
         parts = [self._posterior(part) for part in self._chunks(images, images.shape[-1])]
-        mean, logvar = (torch.cat(part) for part in zip(*parts, strict=True))
+        mean, logvar = (torch.cat(part).contiguous() for part in zip(*parts, strict=True))
         return mean, logvar
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B,C,h,w) -> uint8 (B,3,H,W), rounded as DiT does: clamp(127.5 x + 128, 0, 255), truncated."""
-        return torch.cat([self._pixels(part) for part in self._chunks(latents, latents.shape[-1] * self.factor)])
+        parts = [self._pixels(part) for part in self._chunks(latents, latents.shape[-1] * self.factor)]
+        return torch.cat(parts).contiguous()
 
     def _chunks(self, batch: Tensor, side: int) -> Sequence[Tensor]:
         return batch.split(max(1, CHUNK // side**2))
@@ -146,10 +154,23 @@ def load_autoencoder(
         raise ValueError(f"Autoencoder {config.name} needs a path: {_expected(config.name)}.")
     path = Path(config.path)
     if config.name in SD_NAMES:
-        return _load_stable_diffusion(config.name, path)
+        try:
+            net = _filled(SD_CONFIG, *read_weights(path, SD_SCALE))
+        except FileNotFoundError:
+            raise ValueError(
+                f"Autoencoder {config.name} was not found at {path}. Expected is {_expected(config.name)}."
+            ) from None
+        return stable_diffusion(config.name, net)
     if images is not None and not (path / CARD).exists():
         save_autoencoder(train_autoencoder(images(), TinyConfig(), seed, progress), path)
     return _load_tiny(path)
+
+
+def stable_diffusion(name: str, net: Any) -> Autoencoder:
+    """`net`, an AutoencoderKL of SD_CONFIG, as the autoencoder `name`; it runs in channels_last, the faster order."""
+    channels = SD_CONFIG["latent_channels"]
+    scale, shift = (SD_SCALE,) * channels, (0.0,) * channels
+    return Autoencoder(name, net.to(memory_format=torch.channels_last), SD_FACTOR, scale, shift)
 
 
 def train_autoencoder(images: Tensor, config: TinyConfig, seed: int, progress: bool = True) -> Autoencoder:
@@ -262,40 +283,33 @@ def _build(arguments: dict[str, Any], seed: int) -> Any:
 
 
 def _filled(arguments: dict[str, Any], weights: dict[str, Tensor], source: Path) -> Any:
-    """An AutoencoderKL holding `weights`. Raises: ValueError if names or shapes differ from what it needs."""
+    """An AutoencoderKL holding `weights`, under diffusers' names or LDM's.
+
+    Raises: ValueError if names or shapes differ from what it needs.
+    """
     with torch.device("meta"):
         net = _build(arguments, seed=0)
-    needed = {(key, tuple(value.shape)) for key, value in net.state_dict().items()}
-    given = {(key, tuple(value.shape)) for key, value in weights.items()}
+    names, convention = {name: name for name in net.state_dict()}, "diffusers"
+    if is_ldm(weights):
+        names = {ldm_name(name, len(arguments["block_out_channels"])): name for name in names}
+        weights, convention = in_diffusers_shapes(weights), "Latent Diffusion"
+    needed = {(name, tuple(net.state_dict()[ours].shape)) for name, ours in names.items()}
+    given = {(name, tuple(value.shape)) for name, value in weights.items()}
     if needed != given:
         missing, unknown = sorted(needed - given)[:3], sorted(given - needed)[:3]
         raise ValueError(
             f"{source} does not hold this autoencoder: {len(needed - given)} tensors are missing (first {missing}), "
-            f"{len(given - needed)} are unknown (first {unknown}). Expected are diffusers' AutoencoderKL weights."
+            f"{len(given - needed)} are unknown (first {unknown}). Expected are the weights of an AutoencoderKL as "
+            f"{convention} names them."
         )
-    net.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)
+    net.load_state_dict({names[name]: value.float() for name, value in weights.items()}, assign=True)
     return net
 
 
 def _expected(name: str) -> str:
     if name == TINY:
         return f"the folder for {WEIGHTS} and {CARD}"
-    return f"a folder with {' or '.join(SD_FILES)}, or such a file"
-
-
-def _load_stable_diffusion(name: str, path: Path) -> Autoencoder:
-    candidates = [path / file for file in SD_FILES] if path.is_dir() else [path]
-    file = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if file is None:
-        raise ValueError(f"Autoencoder {name} was not found at {path}. Expected is {_expected(name)}.")
-    if file.suffix == ".safetensors":
-        weights = safetensors.torch.load_file(file)
-    else:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-    for old, new in SD_RENAMED.items():
-        weights = {key.replace(old, new): value for key, value in weights.items()}
-    channels = SD_CONFIG["latent_channels"]
-    return Autoencoder(name, _filled(SD_CONFIG, weights, file), SD_FACTOR, (SD_SCALE,) * channels, (0.0,) * channels)
+    return f"a folder with {', '.join(FILES[:-1])} or {FILES[-1]}, such a file, or a checkpoint of Stable Diffusion"
 
 
 def _load_tiny(folder: Path) -> Autoencoder:

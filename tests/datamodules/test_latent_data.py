@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.base import LatentDataModule, permutation, posterior_eps, rows_at
+from datamodules.base import LatentDataModule, mirror_bits, permutation, posterior_eps, rows_at
+from datamodules.cache import CacheMeta
+from datamodules.digits import DigitsDataModule
+from datamodules.prepare import prepare_cache
 from datamodules.synthetic import write_cache
 
 COUNT, BATCH = 21, 8  # batches run over the borders of epochs
@@ -70,6 +73,17 @@ def test_seeds_do_not_share_noise_even_beyond_32_bits():
     assert len(np.unique(rows, axis=0)) == len(rows)
 
 
+def test_mirrors_are_a_coin_of_philox_keyed_by_seed_and_position():
+    positions = np.array([5, 0, 2**40, 5])
+    expected = [
+        bool(np.random.Philox(key=(7, p), counter=(0, 0, 0, 18)).random_raw() >> 63) for p in positions.tolist()
+    ]
+    assert mirror_bits(7, positions).tolist() == expected
+    heads = mirror_bits(3, np.arange(10_000))
+    assert abs(heads.mean() - 0.5) < 0.02  # 4 standard deviations
+    assert abs(np.corrcoef(heads[1:], heads[:-1])[0, 1]) < 0.04
+
+
 # --- batches --------------------------------------------------------------------------------------------------------
 
 
@@ -88,6 +102,68 @@ def test_latents_are_scaled_posterior_samples(data):
         assert label == cache.labels[row[0]]
 
 
+def mirrored_cache(path, dtype):
+    """Two latents, or images, whose mirrors are told apart; posterior std 0.5."""
+    images = torch.randint(256, (6, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+    def encode(images):
+        mean = images[:, :2, ::2, ::2].float() / 64  # (B,2,2,2)
+        return mean, torch.full_like(mean, 2 * np.log(0.5))
+
+    shape = (3, 4, 4) if dtype == "uint8" else (2, 2, 2)
+    meta = CacheMeta(
+        "toy", 2, 4, "none", "toy-ae", "abc", shape, (2.0,) * shape[0], (1.0,) * shape[0], dtype, mirrors=True
+    )
+    prepare_cache(images, torch.arange(6) % 2, encode, path, meta, shard_rows=4, progress=False)
+    return images, encode
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "uint8"])
+def test_half_of_the_samples_are_mirrored_images(tmp_path, dtype):
+    images, encode = mirrored_cache(tmp_path, dtype)
+    data = LatentDataModule(tmp_path, batch_size=BATCH, seed=7)
+    latents, _, positions = joined(batches(data.loader(), 20))
+    coins = mirror_bits(7, positions.numpy())
+    for latent, position, mirrored in zip(latents, positions.numpy(), coins, strict=True):
+        seen = images[rows_at(position[None], 7, 6)]
+        seen = seen.flip(-1) if mirrored else seen
+        if dtype == "uint8":
+            z = seen[0].float() / 127.5 - 1
+        else:
+            mean, logvar = encode(seen)
+            z = mean[0] + (0.5 * logvar[0]).exp() * torch.from_numpy(posterior_eps(7, position[None], (2, 2, 2))[0])
+        torch.testing.assert_close(latent, (z - 1.0) * 2.0, atol=2e-3 if dtype == "float16" else 1e-6, rtol=0)
+
+
+def test_latents_have_the_statistics_of_the_posterior(tmp_path):
+    """20,000 draws of a normal posterior: mean and variance within 5 standard errors of the closed form."""
+    mirrored_cache(tmp_path, "float32")
+    data = LatentDataModule(tmp_path, batch_size=2000, seed=1)
+    latents, _, positions = joined(batches(data.loader(), 10))
+    rows, coins = rows_at(positions.numpy(), 1, 6), mirror_bits(1, positions.numpy())
+    mean, _ = data.cache.moments(rows, coins)
+    residual = latents.numpy() / 2 + 1 - mean  # z - E z
+    n = residual.size
+    assert abs(residual.mean()) < 5 * 0.5 / n**0.5
+    assert abs(residual.var() / 0.25 - 1) < 5 * (2 / n) ** 0.5
+    whole = data.cache.manifest["latents"]  # over both mirrors of all images; each is drawn about as often
+    np.testing.assert_allclose(latents.mean((0, 2, 3)), whole["mean"], atol=0.05)
+    np.testing.assert_allclose(latents.std((0, 2, 3)), whole["std"], rtol=0.02)
+
+
+def test_posterior_noise_is_fresh_in_each_epoch(tmp_path):
+    mirrored_cache(tmp_path, "float32")
+    data = LatentDataModule(tmp_path, batch_size=6, seed=7)
+    epochs = [joined([batch]) for batch in batches(data.loader(), 2)]
+    first, second = (rows_at(epoch[2].numpy(), 7, 6).argsort() for epoch in epochs)
+    assert (epochs[0][0][first] != epochs[1][0][second]).all()
+
+
+def test_a_module_for_another_set_is_refused(latents):
+    with pytest.raises(ValueError, match="holds synthetic; DigitsDataModule reads digits"):
+        DigitsDataModule(latents, batch_size=BATCH)
+
+
 def test_batches_run_over_epoch_borders_without_loss(data):
     _, labels, positions = joined(batches(data.loader(), COUNT))  # COUNT x BATCH samples = BATCH epochs
     assert positions.tolist() == list(range(COUNT * BATCH))
@@ -95,7 +171,7 @@ def test_batches_run_over_epoch_borders_without_loss(data):
         assert torch.equal(epoch.sort().values, data.labels.sort().values)
 
 
-@pytest.mark.parametrize("world_size, accumulate", [(2, 1), (4, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("world_size, accumulate", [(2, 1), (4, 1), (8, 1), (1, 2), (2, 2)])
 def test_any_number_of_processes_sees_the_same_global_batches(data, world_size, accumulate):
     alone = batches(data.loader(), 6)
     ranks = [
@@ -195,6 +271,17 @@ def test_a_checkpoint_of_another_order_is_refused(latents, data, change, named):
     other = LatentDataModule(latents, **({"batch_size": BATCH, "seed": 7} | change))
     with pytest.raises(ValueError, match=f"trained with {named}, this run has .*start a new run"):
         other.load_state_dict(data.state_dict())
+
+
+@pytest.mark.parametrize(
+    "classes, sentence",
+    [(["b", "a"], "in another order: label 0 is a, not b"), (["a", "c"], r"lacks 1 of the 2 expected classes \(c\)")],
+)
+def test_a_checkpoint_of_other_classes_is_refused(data, classes, sentence):
+    data.trainer = L.Trainer(logger=False, barebones=True, accelerator="cpu")
+    data.cache.classes = ("a", "b")
+    with pytest.raises(ValueError, match=f"trained on other classes.*{sentence}"):
+        data.load_state_dict(data.state_dict() | {"classes": classes})
 
 
 def test_a_checkpoint_of_other_latents_is_refused(data, tmp_path):

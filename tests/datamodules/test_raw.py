@@ -16,8 +16,9 @@ import pytest
 import raw_layouts as layouts
 from PIL import Image
 
-from datamodules import raw
-from datamodules.raw import Rows, compare_classes, open_folder, open_imagenet
+from datamodules import archives, imagenet_raw, raw
+from datamodules.imagenet_raw import open_imagenet
+from datamodules.raw import Rows, compare_classes, open_folder
 
 PICTURES = layouts.imagenet_pictures()
 CONTENTS = [picture.content for picture in PICTURES]
@@ -84,7 +85,7 @@ def test_a_forked_child_reads_through_the_inherited_object(roots):
 
 @pytest.mark.parametrize("layout", ["synset tars", "Parquet"])
 def test_threads_read_at_once_with_few_files_held_open(roots, layout, monkeypatch):
-    monkeypatch.setattr(raw, "OPEN_FILES", 2)
+    monkeypatch.setattr(archives, "OPEN_FILES", 2)
     images = open_imagenet(roots[layout])
     order = np.random.default_rng(0).permutation(np.tile(np.arange(len(images)), 3)).tolist()
     with ThreadPoolExecutor(8) as pool:
@@ -154,7 +155,7 @@ def index_file(cache):
 def test_the_index_is_read_from_the_cache(tmp_path, monkeypatch):
     layouts.write_nested_tar(tmp_path, FEW)
     first = open_imagenet(tmp_path, tmp_path / "cache")
-    monkeypatch.setattr(raw, "_inner_tars", no_walk)
+    monkeypatch.setattr(imagenet_raw, "_inner_tars", no_walk)
     again = open_imagenet(tmp_path, tmp_path / "cache")
     assert layouts.read_all(again) == [picture.content for picture in FEW]
     assert (again.classes, again.warnings, again.fingerprint()) == (first.classes, first.warnings, first.fingerprint())
@@ -212,8 +213,8 @@ def test_subsets_are_taken_with_a_warning(roots):
 
 
 def test_a_complete_set_gives_no_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr(raw, "IMAGENET_CLASSES", 3)
-    monkeypatch.setattr(raw, "IMAGENET_COUNT", 18)
+    monkeypatch.setattr(imagenet_raw, "IMAGENET_CLASSES", 3)
+    monkeypatch.setattr(imagenet_raw, "IMAGENET_COUNT", 18)
     layouts.write_tree(tmp_path, FEW)
     assert open_imagenet(tmp_path).warnings == ()
 

@@ -9,6 +9,9 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from torch import nn
+from torch.nn.functional import interpolate, pad, silu
 
 from models import autoencoder as module
 from models.autoencoder import (
@@ -247,6 +250,218 @@ def test_a_missing_tiny_autoencoder_is_named(tmp_path):
 def test_unknown_names_are_refused_with_the_known():
     with pytest.raises(ValueError, match=r"'sd-vae-ft' is not known.*sd-vae-ft-ema.*identity"):
         AutoencoderConfig("sd-vae-ft")
+
+
+@pytest.mark.parametrize("other", ["decoder.conv_in.bias", "post_quant_conv.bias"])
+def test_decoders_of_one_encoder_share_its_hash_and_its_latents(small_sd, other, tmp_path):
+    coders = []
+    for name, changed in (("sd-vae", None), ("sd-vae-ft-mse", other), ("sd-vae-ft-ema", "quant_conv.bias")):
+        weights = {key: value + 1 if key == changed else value for key, value in small_sd.items()}
+        safetensors.torch.save_file(weights, tmp_path / f"{name}.safetensors")
+        coders.append(load_autoencoder(AutoencoderConfig(name, str(tmp_path / f"{name}.safetensors"))))
+    original, decoder, encoder = coders
+    assert original.encoder_sha256 == decoder.encoder_sha256 != encoder.encoder_sha256
+    assert len({coder.sha256 for coder in coders}) == 3
+    latents = [coder.moments(random_images(2))[0] for coder in coders]
+    assert torch.equal(latents[0], latents[1]) and not torch.equal(latents[0], latents[2])
+
+
+def test_channels_last_stays_inside(small_sd, tmp_path):
+    safetensors.torch.save_file(small_sd, tmp_path / "x.safetensors")
+    coder = load_autoencoder(AutoencoderConfig("sd-vae", str(tmp_path / "x.safetensors")))
+    assert coder.net.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    plain = Autoencoder("plain", AutoencoderKL(**SMALL_SD), 8, coder.scale, coder.shift)
+    plain.net.load_state_dict(small_sd)
+    for one, other in zip(coder.moments(random_images(3)), plain.moments(random_images(3)), strict=True):
+        assert one.is_contiguous()
+        torch.testing.assert_close(one, other)
+    assert coder.decode(torch.zeros(2, 4, 2, 2)).is_contiguous()
+
+
+def test_weights_beside_a_config_of_another_scale_are_refused(small_sd, tmp_path):
+    safetensors.torch.save_file(small_sd, tmp_path / "diffusion_pytorch_model.safetensors")
+    for config in ({}, {"scaling_factor": 0.18215}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        load_autoencoder(AutoencoderConfig("sd-vae", str(tmp_path)))
+    (tmp_path / "config.json").write_text(
+        '{"scaling_factor": 0.13025}'
+    )  # Stable Diffusion XL's: equal names and shapes
+    with pytest.raises(ValueError, match=r"config\.json has scaling_factor 0\.13025, not 0\.18215"):
+        load_autoencoder(AutoencoderConfig("sd-vae", str(tmp_path)))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"no tensors"])
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_damaged_files_are_named(small_sd, suffix, content, tmp_path):
+    file = tmp_path / f"x.{suffix}"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"x\.{suffix} cannot be read as plain tensors: .*if it is damaged"):
+        load_autoencoder(AutoencoderConfig("sd-vae", str(file)))
+
+
+@pytest.mark.parametrize("content", [[1], {"state_dict": {"epoch": 3}}, {"callbacks": TinyConfig}])
+def test_files_of_other_objects_are_refused_and_nothing_in_them_runs(small_sd, content, tmp_path):
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"x\.ckpt cannot be read as plain tensors"):
+        load_autoencoder(AutoencoderConfig("sd-vae", str(tmp_path / "x.ckpt")))
+
+
+# --- Latent Diffusion's own network, and its names ------------------------------------------------------------------
+
+WIDTHS = (4, 8, 16, 24)  # all different: a level in the wrong place does not fit
+
+
+class Residual(nn.Module):
+    def __init__(self, before, after):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.GroupNorm(2, width, eps=1e-6) for width in (before, after))
+        self.conv1, self.conv2 = (nn.Conv2d(width, after, 3, padding=1) for width in (before, after))
+        if before != after:
+            self.nin_shortcut = nn.Conv2d(before, after, 1)
+
+    def forward(self, x):
+        h = self.conv2(silu(self.norm2(self.conv1(silu(self.norm1(x))))))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class Attention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.GroupNorm(2, width, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (project(self.norm(x)).flatten(2) for project in (self.q, self.k, self.v))  # (B,D,HW)
+        seen = torch.softmax(q.mT @ k / q.shape[1] ** 0.5, dim=-1)  # (B,HW,HW)
+        return x + self.proj_out((v @ seen.mT).view_as(x))
+
+
+class Level(nn.Module):
+    def __init__(self, before, after, blocks, **conv):
+        super().__init__()
+        self.block = nn.ModuleList([Residual(before if i == 0 else after, after) for i in range(blocks)])
+        for name, arguments in conv.items():  # downsample, upsample
+            setattr(self, name, nn.ModuleDict({"conv": nn.Conv2d(after, after, 3, **arguments)}))
+
+    def forward(self, x):
+        for block in self.block:
+            x = block(x)
+        if hasattr(self, "downsample"):
+            return self.downsample["conv"](pad(x, (0, 1, 0, 1)))
+        return self.upsample["conv"](interpolate(x, scale_factor=2)) if hasattr(self, "upsample") else x
+
+
+class Half(nn.Module):
+    """An encoder or a decoder, from `first` channels at its widest side to `last` at the other."""
+
+    def __init__(self, inputs, outputs, first, last):
+        super().__init__()
+        self.conv_in = nn.Conv2d(inputs, first, 3, padding=1)
+        self.mid = nn.Module()
+        self.mid.block_1, self.mid.block_2 = (Residual(WIDTHS[-1], WIDTHS[-1]) for _ in range(2))
+        self.mid.attn_1 = Attention(WIDTHS[-1])
+        self.norm_out, self.conv_out = nn.GroupNorm(2, last, eps=1e-6), nn.Conv2d(last, outputs, 3, padding=1)
+
+    def middle(self, h):
+        return self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+
+    def end(self, h):
+        return self.conv_out(silu(self.norm_out(h)))
+
+
+class LatentDiffusion(nn.Module):
+    """The kl autoencoder of Rombach et al. 2022 as they built it: levels count from the finest, also on the way up."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = Half(3, 8, WIDTHS[0], WIDTHS[-1]), Half(4, 3, WIDTHS[-1], WIDTHS[0])
+        down = [{"downsample": {"stride": 2}}] * 3 + [{}]
+        up = [{}] + [{"upsample": {"padding": 1}}] * 3
+        before, after = (WIDTHS[0], *WIDTHS[:-1]), (*WIDTHS[1:], WIDTHS[-1])
+        self.encoder.down = nn.ModuleList(Level(a, b, 2, **d) for a, b, d in zip(before, WIDTHS, down, strict=True))
+        self.decoder.up = nn.ModuleList(Level(a, b, 3, **u) for a, b, u in zip(after, WIDTHS, up, strict=True))
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(8, 8, 1), nn.Conv2d(4, 4, 1)
+
+    def encode(self, x):
+        """(B,3,H,W) in [-1, 1] -> mean, log variance (B,4,H/8,W/8) each"""
+        h = self.encoder.conv_in(x)
+        for level in self.encoder.down:
+            h = level(h)
+        return self.quant_conv(self.encoder.end(self.encoder.middle(h))).chunk(2, dim=1)
+
+    def decode(self, z):
+        h = self.decoder.middle(self.decoder.conv_in(self.post_quant_conv(z)))
+        for level in reversed(self.decoder.up):
+            h = level(h)
+        return self.decoder.end(h)
+
+
+@pytest.fixture
+def ldm(monkeypatch):
+    """A small one with seeded weights, no two of them alike."""
+    monkeypatch.setattr(module, "SD_CONFIG", SD_CONFIG | {"block_out_channels": WIDTHS, "norm_num_groups": 2})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = LatentDiffusion().requires_grad_(False)
+        for parameter in net.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return net
+
+
+def whole_stable_diffusion(weights):
+    """The autoencoder in a checkpoint, beside the networks that it came with."""
+    inside = {f"first_stage_model.{name}": value for name, value in weights.items()}
+    return inside | {"model.diffusion_model.out.2.bias": torch.zeros(4), "betas": torch.zeros(1000)}
+
+
+@pytest.mark.parametrize(
+    "file", ["autoencoder_kl.pth", "folder/autoencoder_kl.pth", "sd.ckpt", "sd.safetensors", "vae.pt"]
+)
+def test_latent_diffusions_names_give_the_network_they_came_from(ldm, file, tmp_path):
+    weights, path = ldm.state_dict(), tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    if file == "sd.safetensors":
+        safetensors.torch.save_file(whole_stable_diffusion(weights), path)
+    elif file == "sd.ckpt":
+        torch.save({"state_dict": whole_stable_diffusion(weights), "global_step": 470_000}, path)
+    elif file == "vae.pt":  # as its own training leaves it
+        torch.save({"state_dict": weights | {"loss.discriminator.main.0.bias": torch.zeros(64)}}, path)
+    else:
+        torch.save(weights, path)
+    loaded = load_autoencoder(AutoencoderConfig("sd-vae", str(path.parent if "/" in file else path)))
+
+    theirs = convert_ldm_vae_checkpoint(weights, module.SD_CONFIG)
+    assert loaded.net.state_dict().keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in loaded.net.state_dict().items())
+
+    images = random_images(2, side=32)
+    for one, other in zip(loaded.moments(images), ldm.encode(images.float() / 127.5 - 1), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)
+    z = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loaded.net.decode(z).sample, ldm.decode(z), atol=2e-5, rtol=2e-5)
+
+
+def test_both_conventions_name_one_autoencoder(ldm, tmp_path):
+    torch.save(ldm.state_dict(), tmp_path / "ldm.pth")
+    one = load_autoencoder(AutoencoderConfig("sd-vae", str(tmp_path / "ldm.pth")))
+    weights = {name: value.contiguous() for name, value in one.net.state_dict().items()}
+    safetensors.torch.save_file(weights, tmp_path / "diffusers.safetensors")
+    other = load_autoencoder(AutoencoderConfig("sd-vae", str(tmp_path / "diffusers.safetensors")))
+    assert (one.sha256, one.encoder_sha256) == (other.sha256, other.encoder_sha256)
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+def test_missing_and_unknown_names_are_told_as_the_file_has_them(ldm, prefix, tmp_path):
+    weights = {prefix + name: value for name, value in ldm.state_dict().items()}
+    weights[prefix + "encoder.conv_norm_out.weight"] = weights.pop(prefix + "encoder.norm_out.weight")
+    weights[prefix + "decoder.up.3.block.0.conv1.bias"] = torch.zeros(5)
+    torch.save(weights, tmp_path / "x.pth")
+    message = (
+        r"2 tensors are missing \(first .*'decoder\.up\.3\.block\.0\.conv1\.bias', \(24,\).*'encoder\.norm_out\.weight'"
+        r".*2 are unknown .*conv1\.bias', \(5,\).*'encoder\.conv_norm_out\.weight'.*as Latent Diffusion names them"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_autoencoder(AutoencoderConfig("sd-vae", str(tmp_path / "x.pth")))
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,155 @@
+"""The user's pictures as squares: the right ones, in the order of the set; damaged ones are named or left out."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import raw_layouts as layouts
+import torch
+
+from datamodules import sources
+from datamodules.base import DataConfig
+from datamodules.crops import crop, decode
+from datamodules.processes import Processes
+
+PICTURES = layouts.imagenet_pictures()
+CUT = 48  # the truncated one
+GOOD = [k for k in range(len(PICTURES)) if k != CUT]
+RAW_SETS = ["imagenet256", "imagenet512", "lsun_bedrooms256", "folder"]
+
+
+def dataset(name):
+    return importlib.import_module(f"datamodules.{name}").DATASET
+
+
+def expected(rows, rule="adm_imagenet", size=32):
+    squares = [crop(decode(PICTURES[row].content, "picture"), rule, size) for row in rows]
+    return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
+
+
+@pytest.fixture(autouse=True)
+def index(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "index"))
+    for memo in (sources._opened, sources._readable, sources._cropped):
+        memo.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    folders = {name: tmp_path_factory.mktemp("set") for name in layouts.LAYOUTS}
+    for name, folder in folders.items():
+        layouts.LAYOUTS[name](folder, PICTURES)
+    return folders
+
+
+@pytest.fixture
+def tree(roots):
+    return DataConfig(root=str(roots["synset folders"]), resolution=32, on_error="skip")
+
+
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_every_layout_gives_the_same_squares_with_their_labels(roots, layout):
+    images, labels = dataset("imagenet256").images(DataConfig(root=str(roots[layout]), resolution=32, on_error="skip"))
+    rows = np.arange(len(images))
+    if layout == "Parquet":  # in the order of its shards, as any other would read each of them many times
+        names = [images.raw.name(row) for row in rows]
+        assert (images.raw.storage_order == rows).all() and names != sorted(names)
+        rows = np.argsort(names)
+    squares = images[:][torch.from_numpy(rows)]
+    assert torch.equal(squares, expected(GOOD))
+    assert labels[rows].tolist() == [k // layouts.PER_CLASS for k in GOOD]
+
+
+@pytest.mark.parametrize("rows", [slice(3, 9), slice(0, 40, 7), slice(210, 500)])
+def test_slices_are_those_of_a_tensor(tree, rows):
+    images, _ = dataset("imagenet256").images(tree)
+    assert torch.equal(images[rows], expected(GOOD)[rows])
+
+
+@pytest.mark.parametrize("rule", ["adm_lsun", "ldm"])
+def test_the_crop_rule_can_be_chosen(tree, rule):
+    data, settings = dataset("imagenet256"), replace(tree, crop=rule, subset=20)
+    images, _ = data.images(settings)
+    kept = [int(images.raw.rows[k]) for k in range(len(images))]
+    whole = expected(data.raw(settings).rows[kept], rule)
+    assert torch.equal(images[:], whole)
+    assert data.rule(settings) != data.rule(tree) and data.identity(settings) != data.identity(tree)
+
+
+def test_a_damaged_picture_stops_by_name(tree):
+    images, _ = dataset("imagenet256").images(replace(tree, on_error="stop"))
+    assert len(images) == 220
+    with pytest.raises(ValueError, match=rf"{PICTURES[CUT].name} cannot be decoded: .*truncated.*data\.on_error=skip"):
+        images[40:60]
+
+
+def test_a_damaged_picture_is_left_out_and_listed(tree):
+    images, labels = dataset("imagenet256").images(tree)
+    (sentence,) = sources.skipped_of(images)
+    assert sentence.startswith(f"{PICTURES[CUT].name} cannot be decoded")
+    assert len(images) == len(labels) == 219
+    whole, _ = dataset("imagenet256").images(replace(tree, on_error="stop"))
+    assert images.fingerprint != whole.fingerprint
+
+
+def test_all_pictures_are_decoded_once_for_all_processes(tree, monkeypatch):
+    first = dataset("imagenet256").images(tree)[0]
+    sources._readable.cache_clear()
+    monkeypatch.setattr(sources, "unreadable", None)  # would raise if it were called again
+    monkeypatch.setattr(Processes, "here", lambda: Processes(1, 2))
+    assert dataset("imagenet256").images(tree)[0].fingerprint == first.fingerprint
+
+
+def test_classes_and_subset_choose_among_the_pictures(tree):
+    chosen = (layouts.SYNSETS[3], layouts.SYNSETS[1])
+    images, labels = dataset("imagenet256").images(replace(tree, classes=chosen))
+    assert images.raw.classes == (layouts.SYNSETS[1], layouts.SYNSETS[3])  # in their own order, numbered anew
+    assert torch.bincount(labels).tolist() == [43, 44]
+    few, _ = dataset("imagenet256").images(replace(tree, classes=chosen, subset=10, on_error="stop"))
+    again, _ = dataset("imagenet256").images(replace(tree, classes=chosen, subset=10, on_error="stop"))
+    assert len(few) == 10 and few.fingerprint == again.fingerprint
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes_crop_the_same_squares(tree, method):
+    images, _ = dataset("imagenet256").images(tree)
+    here = images[10:30]
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert torch.equal(pool.apply(images.__getitem__, (slice(10, 30),)), here)
+
+
+def test_lsun_is_unlabelled_and_folders_have_the_classes_they_have(tmp_path):
+    layouts.write_lmdb(tmp_path / "lsun" / "bedroom_train_lmdb", layouts.lsun_pictures(40))
+    layouts.write_tree(tmp_path / "photos", PICTURES[:60])
+    lsun, labels = dataset("lsun_bedrooms256").images(DataConfig(root=str(tmp_path / "lsun"), resolution=16))
+    assert lsun.rule == "adm_lsun" and lsun[:].shape == (40, 3, 16, 16) and not labels.any()
+    assert dataset("lsun_bedrooms256").num_classes == 0
+    photos, labels = dataset("folder").images(DataConfig(root=str(tmp_path / "photos"), resolution=16))
+    assert photos.raw.classes == layouts.SYNSETS[:2] and torch.bincount(labels).tolist() == [44, 16]
+
+
+@pytest.mark.parametrize("name", RAW_SETS)
+def test_a_set_without_its_pictures_says_what_it_needs(name, tmp_path):
+    with pytest.raises(ValueError, match=r"needs data\.root: "):
+        dataset(name).images(DataConfig())
+    with pytest.raises(ValueError, match="nowhere"):
+        dataset(name).images(DataConfig(root=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize("name", ["digits", "synthetic"])
+@pytest.mark.parametrize("given", [{"root": "/data"}, {"crop": "ldm"}, {"classes": ("0",)}])
+def test_sets_that_bring_their_images_leave_no_such_choice(name, given):
+    with pytest.raises(ValueError, match=rf"data\.{next(iter(given))} is given, but .* no such choice"):
+        dataset(name).images(DataConfig(**given))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"crop": "centre"}, {"on_error": "ignore"}, {"dtype": "bfloat16"}, {"resolution": 0}, {"classes": ()}]
+)
+def test_impossible_choices_are_refused(bad):
+    with pytest.raises(ValueError, match=rf"data\.{next(iter(bad))} is "):
+        DataConfig(**bad)
