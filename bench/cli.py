@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import textwrap
@@ -25,6 +26,8 @@ def main() -> None:
     except UserError as error:
         print(f"isodiff {args.command}: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print(f"\nInterrupted. The same command goes on where it was: {' '.join(['python -m bench', *sys.argv[1:]])}")
         sys.exit(130)
@@ -113,6 +116,30 @@ def flops(args: argparse.Namespace) -> None:
         write_figure(Path(args.figure))
     else:
         print_table(args.models, resolutions=args.resolution, overrides=args.overrides)
+
+
+def sweep(args: argparse.Namespace) -> None:
+    from bench import sweep_status
+    from bench.launch import cancel, launch, run_and_score
+    from bench.sweep import load_sweep, one_run
+    from bench.sweep_print import describe, wandb_config
+
+    if args.action == "status":
+        print(sweep_status.table(sweep_status.find(args.name, args.runs)))
+    elif args.action == "cancel":
+        print(f"{cancel(sweep_status.find(args.name, args.runs), args.only)} jobs cancelled")
+    elif args.action == "export":
+        if not args.wandb:
+            raise UserError("Say what the export is for: --wandb.")
+        print(wandb_config(args.name, args.overrides), end="")
+    elif args.action == "run":
+        name, run = one_run(args.name, args.overrides)
+        run_and_score(name, [run])
+    elif args.dry_run:
+        print(describe(load_sweep(args.name, args.overrides)))
+    else:
+        found = load_sweep(args.name, args.overrides)
+        launch(found, args.launcher, at_once=args.at_once, retry_failed=args.retry_failed)
 
 
 def perf(args: argparse.Namespace) -> None:
@@ -247,6 +274,33 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("images", help="a data set (datamodules/<name>.py), an npz or a folder of PNG files")
     sub.add_argument("--out", required=True, metavar="NPZ", help="the file to write")
     _overrides(sub)
+
+    sub = command(
+        sweep,
+        "Train and score every run of a sweep: here, on SLURM, or as printed commands. The same command goes on where "
+        "it was; status, cancel and export act on the sweep of that name, run does one point of it.",
+        """
+        python -m bench sweep digits-parts --dry-run                  its runs and what they cost
+        python -m bench sweep digits-parts --at-once 2                here, two runs at a time
+        python -m bench sweep digits-parts --launcher slurm sweep.slurm.partition=gpu sweep.slurm.timeout_min=600
+        python -m bench sweep digits-parts --launcher print           the commands of what is not finished
+        python -m bench sweep digits-parts --retry-failed             failed runs again, too
+        python -m bench sweep status digits-parts
+        python -m bench sweep cancel digits-parts --only diffussm-t-digits-1a2b3c4d
+        python -m bench sweep export digits-hourglass --wandb > wandb-sweep.yaml
+        python -m bench sweep run digits-hourglass model.M=2 model.patch_size=1
+        """,
+    )
+    sub.add_argument("action", nargs="?", choices=("start", "status", "cancel", "export", "run"), default="start")
+    sub.add_argument("name", help="a file of configs/sweep/, or a path to a YAML file")
+    sub.add_argument("--launcher", choices=("local", "slurm", "print"), default="local")
+    sub.add_argument("--at-once", type=int, metavar="N", help="jobs that run at a time (default: 1 here, all on SLURM)")
+    sub.add_argument("--retry-failed", action="store_true", help="start failed runs again")
+    sub.add_argument("--only", nargs="+", default=(), metavar="RUN_ID", help="cancel only these")
+    sub.add_argument("--runs", default="runs", help="where status and cancel look (default: runs)")
+    sub.add_argument("--wandb", action="store_true", help="export as a sweep config of Weights & Biases")
+    _overrides(sub)
+    _dry_run(sub)
 
     sub = command(
         table,

@@ -177,7 +177,7 @@ def load_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     a budget given twice.
     """
     path = registry.config_file("run", name)
-    return _build([(path.name, _read(path)), ("command line", parse_overrides(overrides))])
+    return build_run([(path.name, read_yaml(path)), ("command line", parse_overrides(overrides))])
 
 
 def load_scoring(overrides: Sequence[str] = ()) -> ScoringConfig:
@@ -219,7 +219,7 @@ def load_comparison(name: str, overrides: Sequence[str] = ()) -> Comparison:
     Raises: UserError, as `load_run`.
     """
     path = registry.config_file("compare", name)
-    shared = _read(path)
+    shared = read_yaml(path)
     given = parse_overrides(overrides)
     rows, changes = shared.pop("models", None), given.pop("models", {})
     equal = given.pop("equal", shared.pop("equal", "train_gflops"))
@@ -237,7 +237,7 @@ def load_comparison(name: str, overrides: Sequence[str] = ()) -> Comparison:
         row, change = dict(row or {}), dict(changes.get(label) or {})
         architecture = change.pop("architecture", row.pop("architecture", label))
         layers = [(path.name, shared), (path.name, {"model": row}), ("command line", given)]
-        runs.append(_build([*layers, ("command line", {"use": {"model": architecture}, "model": change})]))
+        runs.append(build_run([*layers, ("command line", {"use": {"model": architecture}, "model": change})]))
     return Comparison(path.stem, equal, tuple(runs))
 
 
@@ -261,7 +261,7 @@ def _group_files(use: UseConfig) -> list[tuple[str, str]]:
     return found
 
 
-def _build(layers: list[tuple[str, dict[str, Any]]]) -> RunConfig:
+def build_run(layers: list[tuple[str, dict[str, Any]]]) -> RunConfig:
     """Merge (source, values) layers over the group files they name, then make the frozen dataclasses."""
     use = OmegaConf.structured(UseConfig)
     for source, values in layers:
@@ -270,7 +270,7 @@ def _build(layers: list[tuple[str, dict[str, Any]]]) -> RunConfig:
     architecture = registry.architecture(use.model)
     registry.dataset(use.data)  # must exist
     recipe: Any = Recipe
-    below = [(source, {group: _read(registry.ROOT / source)}) for group, source in _group_files(use)]
+    below = [(source, {group: read_yaml(registry.ROOT / source)}) for group, source in _group_files(use)]
     if use.recipe == PAPER:
         recipe = architecture.module.recipe_for(model_config(architecture, [*below, *layers]))
     base = OmegaConf.create(
@@ -351,7 +351,8 @@ def _paths(values: dict[str, Any]) -> list[str]:
     return found
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a file. Raises: UserError if it is no YAML of `key: value` lines."""
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))
     except yaml.YAMLError as error:

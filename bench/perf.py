@@ -206,7 +206,7 @@ def _precision_recall() -> list[Duel]:
             lambda: calculate_precision_recall_full(samples, reference),
             lambda a, b: max(abs(x - y) for x, y in zip(a, b, strict=True)),
             "largest difference",
-            ", 10,000 x 10,000 x 2048",
+            ", 10,000 x 10,000 x 2048; 82 MB are the features a metric keeps",
         )
     ]
 

@@ -1,0 +1,421 @@
+"""Starts the runs of a sweep: as processes of this machine, as SLURM jobs (submitit, the same way), or not at all.
+
+runs/sweep-<name>-<digest>/
+  sweep.json             the runs and what they cost
+  jobs/<run_id>.json     state of a run's job, the launcher's id for it, the last line of its error
+  logs/                  what jobs print, and submitit's files
+
+A job trains one run and scores it. This module loads no torch, so that a job listens to signals before it imports it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import signal
+import time
+import traceback
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from bench import registry
+from bench.console import is_main_process, progress, say
+from bench.errors import UserError
+from bench.files import atomic_write
+from bench.sweep import PlannedRun, Sweep, read_sweep
+from bench.sweep_print import commands, write_config
+
+if TYPE_CHECKING:
+    import submitit
+
+    from bench.store import Result
+
+UNDER_WAY = ("queued", "running", "preempted")
+LAUNCHERS = ("local", "slurm", "print")
+FOREVER_MIN = 365 * 24 * 60  # submitit stops local jobs after 2 minutes by default
+GRACE_S = 600  # a job that SLURM preempts is killed within this time
+LOOK_S = 5  # for which `is_held` of another process may hold a lock at most
+POLL_S = 0.2
+
+
+class RunJob:
+    """What a job does: train one run of a stored sweep, then score it by every protocol the sweep has for it."""
+
+    def __call__(self, directory: Path, run_id: str) -> None:
+        """Raises: whatever went wrong, after it is on record."""
+        record, on_slurm = JobRecord(directory, run_id), "SLURM_JOB_ID" in os.environ
+        sweep = read_sweep(directory)
+        lines = sweep.trainings()[run_id]
+        if not on_slurm:
+            _join_processes(lines[0])
+        try:
+            with working(record.lock, patience_s=LOOK_S) as alone:
+                if not alone:
+                    raise UserError(f"{run_id} is being trained by another process. Wait for it, or end it.")
+                if is_main_process():
+                    record.write(state="running", error="")
+                run_and_score(sweep.name, lines)
+        except (KeyboardInterrupt, SystemExit):
+            record.preempt()
+            if on_slurm:  # requeued only if SLURM ends it; a job that leaves by itself counts as completed
+                time.sleep(GRACE_S)
+            raise
+        except BaseException as error:
+            record.fail(error)
+            raise
+        if is_main_process():
+            record.write(state="finished", error="")
+
+    def checkpoint(self, directory: Path, run_id: str) -> submitit.helpers.DelayedSubmission:
+        """submitit's hook at a time limit: the same job again, which goes on from the newest checkpoint."""
+        import submitit
+
+        JobRecord(directory, run_id).preempt()
+        return submitit.helpers.DelayedSubmission(self, directory, run_id)
+
+
+class JobRecord:
+    """jobs/<run_id>.json: what the launcher and the job itself say of it."""
+
+    def __init__(self, directory: Path, run_id: str) -> None:
+        self.path = directory / "jobs" / f"{run_id}.json"
+        self.run = directory.parent / run_id / "run.json"
+        self.lock = self.run.with_name(".job.lock")  # beside the run: another sweep may have it, too
+
+    def read(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def write(self, **values: Any) -> None:
+        """Change some values. run.json follows where a training is not under way or finished by its own account."""
+        with _alone(self.path.with_suffix(".lock")):  # the launcher notes the job's id while the job may begin
+            record = self.read() | values | {"updated": datetime.now(UTC).isoformat(timespec="seconds")}
+            with atomic_write(self.path) as file:
+                json.dump(record, file)
+        state = values.get("state")
+        training = json.loads(self.run.read_text()) if self.run.exists() else {}
+        if state in ("queued", "failed", "preempted") and training.get("state") != "finished":
+            with atomic_write(self.run) as file:
+                json.dump(training | {"state": state, "error": record.get("error", "")}, file, indent=2)
+
+    def fail(self, error: BaseException) -> None:
+        """By any process: the first one may be waiting for the one that failed."""
+        last = traceback.format_exception_only(error)[-1].strip()
+        self.write(state="failed", error=str(error) if isinstance(error, UserError) else last)
+
+    def preempt(self) -> None:
+        """Interrupted, to go on. A process that is ended because another one failed leaves that on record."""
+        if self.read().get("state") == "running" and is_main_process():
+            self.write(state="preempted")
+
+
+def run_and_score(name: str, lines: Sequence[PlannedRun]) -> list[Result]:
+    """Train the run of these lines, unless it is trained, and score it by each of their protocols."""
+    from bench.config import WANDB_PROJECT, build_run
+    from bench.evaluate import evaluate, scorer_of
+    from bench.prepare import prepare_data
+    from bench.tracking import Tracker
+    from bench.train import train
+
+    configs = [build_run([("sweep.json", line.config)]) for line in lines]
+    first = configs[0]
+    # Jobs of a sweep want the same latents and references at the same time: one makes them, the others wait.
+    with working(Path(first.paths.cache) / f"{first.use.data}.lock", patience_s=math.inf):
+        data = prepare_data(first)
+        scorers = [scorer_of(config) for config in configs]
+    tracker = Tracker(first.tracking, WANDB_PROJECT, first.directory)
+    train(first, data, tracker, group=name)
+    results = []
+    for config, line, scorer in zip(configs, lines, scorers, strict=True):
+        for step in line.scored_steps:
+            results.append(evaluate(config, step, comparison=name, data=data, scorer=scorer))
+            say(f"{config.run_id}, step {step}: {scores(results[-1])}")
+    with tracker.run(first.run_id, group=name, config={}, job_type="train") as mirror:
+        for row in results:
+            mirror.log({"train/step": row.steps, "train_gflops": row.train_gflops, **row.scores})
+    return results
+
+
+def scores(result: Result) -> str:
+    return ", ".join(f"{name} {value:.4g} ± {result.ci95[name]:.2g}" for name, value in result.scores.items())
+
+
+def launch(sweep: Sweep, launcher: str, *, at_once: int | None = None, retry_failed: bool = False) -> None:
+    """Start what is not finished, failed or under way; `local` returns when all of it has ended.
+
+    `at_once` bounds the jobs that run at a time; None: one here, as many as SLURM gives there.
+
+    Raises: UserError at the end if runs failed, with the last line of each error.
+    """
+    from bench.sweep_status import adopt, states
+
+    adopt(sweep)
+    open_states = ("waiting", "preempted", "cancelled", *(["failed"] if retry_failed else []))
+    found = states(sweep)
+    todo = {run_id: lines for run_id, lines in sweep.trainings().items() if found[run_id].state in open_states}
+    if launcher == "print":
+        for lines in todo.values():
+            write_config(lines[0])
+            print("\n".join(command for line in lines for command in commands(line, lines[0])))
+        return
+    counts = {state: sum(entry.state == state for entry in found.values()) for state in ("finished", "failed")}
+    say(f"{sweep.name}: {len(todo)} of {len(found)} runs to do, {counts['finished']} finished; {sweep.directory}")
+    if launcher == "local":
+        _run_here(sweep, todo, at_once or 1)
+    else:
+        _submit(sweep, todo, at_once)
+    failed = [entry for entry in states(sweep).values() if entry.state == "failed"]
+    if failed:
+        errors = "\n".join(f"  {entry.run_id}: {entry.error}" for entry in failed)
+        raise UserError(f"{len(failed)} of {len(found)} runs failed; --retry-failed starts them again.\n{errors}")
+
+
+def cancel(sweep: Sweep, only: Collection[str] = ()) -> int:
+    """End the jobs of a sweep that wait or work, all or `only` these run_ids -> how many. What is trained is kept.
+
+    Raises: UserError for a run_id that the sweep does not have.
+    """
+    from bench.sweep_status import states
+
+    found, ended = states(sweep), 0
+    if unknown := [run_id for run_id in only if run_id not in found]:
+        raise UserError(f"{sweep.name} has no run {unknown[0]}. {registry.nearest(unknown[0], list(found))}")
+    for run_id, entry in found.items():
+        record = JobRecord(sweep.directory, run_id)
+        if not entry.alive or entry.state not in UNDER_WAY or (only and run_id not in only):
+            continue
+        job = _job(sweep, record.read())
+        record.write(state="cancelled")
+        if job is not None:
+            job.cancel(check=False)
+        ended += 1
+    return ended
+
+
+def _job(sweep: Sweep, record: dict[str, Any]) -> Any:
+    """submitit's handle of a recorded job; None for one that is not started yet."""
+    import submitit
+
+    if record.get("launcher") == "slurm":
+        return submitit.SlurmJob(sweep.directory / "logs", record["job"])
+    return _LocalProcess(int(record["job"])) if record.get("job") else None
+
+
+class _LocalProcess:
+    """The controller process of a local job, which another process started."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def cancel(self, check: bool = True) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGINT)
+
+
+def _run_here(sweep: Sweep, todo: dict[str, list[PlannedRun]], at_once: int) -> None:
+    """At most `at_once` jobs at a time; an interrupt ends them, and the same command goes on."""
+    import submitit
+
+    for lines in todo.values():
+        if lines[0].processes[0] > 1:
+            raise UserError(f"{lines[0].run_id} asks for {lines[0].processes[0]} nodes; this machine is one.")
+    (sweep.directory / "logs").mkdir(parents=True, exist_ok=True)
+    waiting, working_on = list(todo), dict[str, tuple[Any, int]]()
+    slots = list(range(at_once))
+    with working(sweep.directory / "launcher.lock", patience_s=LOOK_S) as alone:
+        if not alone:
+            raise UserError(f"{sweep.directory} is being worked on by another launcher.")
+        for run_id in waiting:
+            JobRecord(sweep.directory, run_id).write(state="queued", launcher="local", job="", error="")
+        bar = progress(total=len(todo), unit="run", desc=sweep.name)
+        try:
+            while waiting or working_on:
+                while waiting and slots:
+                    run_id = waiting.pop(0)
+                    record = JobRecord(sweep.directory, run_id)
+                    if record.read()["state"] == "cancelled":  # by `sweep cancel`
+                        bar.update()
+                        continue
+                    slot = slots.pop(0)
+                    executor = submitit.LocalExecutor(sweep.directory / "logs")
+                    executor.update_parameters(**_local_parameters(todo[run_id][0], slot, at_once))
+                    with _outside_job(), _threads(at_once * todo[run_id][0].processes[1]):
+                        job: Any = executor.submit(RunJob(), sweep.directory, run_id)
+                    record.write(job=job.job_id)
+                    working_on[run_id] = (job, slot)
+                time.sleep(POLL_S)
+                for run_id, (job, slot) in list(working_on.items()):
+                    record = JobRecord(sweep.directory, run_id)
+                    if not job.done():
+                        if todo[run_id][0].processes[1] > 1 and record.read()["state"] == "failed":
+                            job.cancel()  # its other processes wait for the one that failed
+                        continue
+                    del working_on[run_id]
+                    slots.append(slot)
+                    bar.update()
+                    _conclude(record, run_id, job)
+        finally:
+            for job, _ in working_on.values():
+                job.cancel()
+            for job, _ in working_on.values():
+                job._process.wait()
+            for run_id in (*waiting, *working_on):
+                record = JobRecord(sweep.directory, run_id)
+                if record.read()["state"] in ("queued", "running"):
+                    record.write(state="preempted")
+            bar.close()
+
+
+def _conclude(record: JobRecord, run_id: str, job: Any) -> None:
+    """Say how a local job ended; one that died without a word is put on record."""
+    entry = record.read()
+    if entry["state"] in ("queued", "running"):
+        record.write(state="failed", error=f"ended without a word; see {job.paths.stderr}")
+        entry = record.read()
+    say(f"{run_id}: {entry['state']}{': ' + entry['error'] if entry['error'] else ''}")
+
+
+def _local_parameters(run: PlannedRun, slot: int, at_once: int) -> dict[str, Any]:
+    """submitit's settings of a local job; job `slot` of `at_once` gets its share of the GPUs."""
+    devices = run.processes[1]
+    gpus: list[int] = []
+    if run.config["trainer"]["accelerator"] != "cpu":
+        import torch
+
+        count = torch.cuda.device_count()
+        gpus = [(slot * devices + i) % count for i in range(devices)] if count else []
+    return {
+        "timeout_min": FOREVER_MIN,
+        "tasks_per_node": devices,
+        "gpus_per_node": len(gpus),
+        "visible_gpus": tuple(sorted(set(gpus))),
+    }
+
+
+def _submit(sweep: Sweep, todo: dict[str, list[PlannedRun]], at_once: int | None) -> None:
+    """One SLURM array for the runs that ask for the same machines."""
+    import submitit
+
+    arrays: dict[tuple[int, int, int], list[str]] = {}
+    for run_id, lines in todo.items():
+        trainer = lines[0].config["trainer"]
+        gpus = 0 if trainer["accelerator"] == "cpu" else trainer["devices"]
+        if sweep.slurm.gpus_per_node is not None:
+            gpus = sweep.slurm.gpus_per_node
+        arrays.setdefault((*lines[0].processes, gpus), []).append(run_id)
+    for (nodes, devices, gpus), run_ids in arrays.items():
+        try:
+            executor = submitit.AutoExecutor(
+                sweep.directory / "logs", cluster="slurm", slurm_max_num_timeout=sweep.slurm.max_timeouts
+            )
+        except RuntimeError as error:
+            raise UserError(f"SLURM is not at hand: {error} Use --launcher local or print.") from None
+        executor.update_parameters(**_slurm_parameters(sweep, nodes, devices, gpus, at_once))
+        records = [JobRecord(sweep.directory, run_id) for run_id in run_ids]
+        with _outside_job():
+            for record in records:
+                record.write(state="queued", launcher="slurm", job="", error="")
+            try:
+                jobs = executor.map_array(RunJob(), [sweep.directory] * len(run_ids), run_ids)
+            except submitit.core.utils.FailedJobError as error:
+                for record in records:
+                    record.write(state="cancelled")
+                raise UserError(f"sbatch refused the jobs: {' '.join(str(error).split())}") from None
+        for record, job in zip(records, jobs, strict=True):
+            record.write(job=job.job_id)
+        say(f"  {len(jobs)} jobs of {nodes} x {devices} processes: array {jobs[0].job_id.partition('_')[0]}")
+    say(f"see them with: python -m bench sweep status {sweep.name}")
+
+
+def _slurm_parameters(sweep: Sweep, nodes: int, devices: int, gpus: int, at_once: int | None) -> dict[str, Any]:
+    asked = sweep.slurm
+    parameters = {
+        "name": f"isodiff-{sweep.name}",
+        "timeout_min": asked.timeout_min,
+        "nodes": nodes,
+        "tasks_per_node": devices,
+        "cpus_per_task": asked.cpus_per_task,
+        "gpus_per_node": gpus or None,
+        "mem_gb": asked.mem_gb,
+        "slurm_partition": asked.partition,
+        "slurm_account": asked.account,
+        "slurm_qos": asked.qos,
+        "slurm_constraint": asked.constraint,
+        "slurm_setup": asked.setup or None,
+        "slurm_array_parallelism": at_once,
+        "slurm_srun_args": ["--kill-on-bad-exit=1"],  # else the other processes wait for one that failed
+        "slurm_additional_parameters": {"requeue": True},
+    }
+    return {key: value for key, value in parameters.items() if value is not None}
+
+
+def _join_processes(run: PlannedRun) -> None:
+    """Tell Lightning of the other processes of a local job, which submitit has started."""
+    if run.processes[1] > 1:
+        import submitit
+
+        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        os.environ["NODE_RANK"] = "0"
+
+
+@contextmanager
+def working(path: Path, patience_s: float) -> Iterator[bool]:
+    """Hold a lock file while the block lasts, on the first process -> False if it is still held elsewhere."""
+    if not is_main_process():
+        yield True
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience_s
+    with path.open("a") as file:
+        while not (held := _try_lock(file)) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        yield held
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a lock file for a moment, on any process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process of this machine holds that lock file."""
+    if not path.exists():
+        return False
+    with path.open("a") as file:
+        return not _try_lock(file)
+
+
+def _try_lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _outside_job() -> AbstractContextManager:
+    """Hide the variables of a SLURM job that this process may run in: its own jobs would take them for theirs."""
+    import submitit
+
+    return submitit.helpers.clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext()
+
+
+@contextmanager
+def _threads(processes: int) -> Iterator[None]:
+    """Share this machine's cores out while the block lasts, unless OMP_NUM_THREADS says how many each has."""
+    if "OMP_NUM_THREADS" in os.environ or processes == 1:
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
