@@ -120,7 +120,8 @@ def flops(args: argparse.Namespace) -> None:
 
 def sweep(args: argparse.Namespace) -> None:
     from bench import sweep_status
-    from bench.launch import cancel, launch, run_and_score
+    from bench.jobs import run_and_score
+    from bench.launch import cancel, launch
     from bench.sweep import load_sweep, one_run
     from bench.sweep_print import describe, wandb_config
 

@@ -16,7 +16,7 @@ from bench import report, tables
 from bench.config import WANDB_PROJECT, Comparison, sources
 from bench.console import is_main_process, say
 from bench.errors import UserError
-from bench.evaluate import evaluate, scorer_of
+from bench.evaluate import evaluate, score_line, scorer_of
 from bench.figures import score_against_compute
 from bench.files import atomic_write
 from bench.prepare import prepare_data
@@ -43,7 +43,7 @@ def compare(comparison: Comparison) -> Path:
         for step in [*steps, *run.checkpoint_steps]:
             result = evaluate(config, step, comparison=comparison.name, data=data, scorer=scorer)
             results.append(result)
-            say(f"  step {step:>6}: {_scores(result)}")
+            say(f"  step {step:>6}: {score_line(result)}")
     path = directory / "report.html"
     if is_main_process():
         write_outputs(comparison, results, directory, tracker)
@@ -141,7 +141,3 @@ def describe(comparison: Comparison) -> str:
             f"estimated total on {device_name()}: {total / 60:.0f} min, and preparation the first time",
         ]
     )
-
-
-def _scores(result: Result) -> str:
-    return ", ".join(f"{name} {value:.4g} ± {result.ci95[name]:.2g}" for name, value in result.scores.items())

@@ -225,20 +225,28 @@ def load_comparison(name: str, overrides: Sequence[str] = ()) -> Comparison:
     equal = given.pop("equal", shared.pop("equal", "train_gflops"))
     if equal not in ("train_gflops", "images"):
         raise UserError(f"{path.name}: equal '{equal}' is not known. Choose one of train_gflops, images.")
-    if not isinstance(rows, dict) or not rows:
-        raise UserError(f"{path.name}: 'models' must list the rows to compare, such as models: {{dit: {{size: S/2}}}}.")
-    for label in changes:
-        if label not in rows:
-            raise UserError(
-                f"command line: models.{label} is not a row of {path.name}. {registry.nearest(label, list(rows))}"
-            )
     runs = []
-    for label, row in rows.items():
-        row, change = dict(row or {}), dict(changes.get(label) or {})
-        architecture = change.pop("architecture", row.pop("architecture", label))
+    for architecture, row, change in model_rows(path.name, rows, changes):
         layers = [(path.name, shared), (path.name, {"model": row}), ("command line", given)]
         runs.append(build_run([*layers, ("command line", {"use": {"model": architecture}, "model": change})]))
     return Comparison(path.stem, equal, tuple(runs))
+
+
+def model_rows(file: str, rows: Any, changes: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """The rows of `models` -> (architecture, the row's settings of the model, those of the command line) of each.
+
+    Raises: UserError if there are none, or the command line changes a row that is not there.
+    """
+    if not isinstance(rows, dict) or not rows:
+        raise UserError(f"{file}: 'models' must list the rows to compare, such as models: {{dit: {{size: S/2}}}}.")
+    for label in changes:
+        if label not in rows:
+            raise UserError(f"command line: models.{label} is not a row of {file}. {registry.nearest(label, [*rows])}")
+    found = []
+    for label, row in rows.items():
+        row, change = dict(row or {}), dict(changes.get(label) or {})
+        found.append((change.pop("architecture", row.pop("architecture", label)), row, change))
+    return found
 
 
 def sources(config: RunConfig) -> str:

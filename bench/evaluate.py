@@ -6,8 +6,7 @@ Sample i depends on (seed, i) alone. Samples and scores already on disk are not 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ from bench.config import RunConfig, load_run
 from bench.console import is_main_process, say
 from bench.errors import UserError
 from bench.prepare import Data, prepare_data
-from bench.samples import SampleFiles, Sampling
+from bench.samples import SampleFiles, Sampling, describe_sampling
 from bench.scorer import DataReference, Scorer, describe_scorer, prepare_scorer
-from bench.scoring import FeatureBlocks, run_pass
-from bench.store import Result, ResultStore, provenance
-from bench.train import build_module, checkpoint_path, device_name, load_weights, plan, read_state
+from bench.scoring import FeatureBlocks, measured, run_pass
+from bench.store import Result, ResultStore
+from bench.train import Plan, build_module, checkpoint_path, load_weights, plan, read_state
 from models.base import DiffusionModule
 
 QUANTISATION = "floor(clamp(127.5 x + 128, 0, 255))"  # float images in [-1, 1] to uint8, DiT's rule
@@ -80,8 +79,8 @@ def load_trained(directory: str | Path, overrides: Sequence[str] = ()) -> RunCon
 
 def sample(config: RunConfig, step: int | None = None) -> SampleFiles:
     """Draw the samples of the protocol from the checkpoint at `step` (None: the last) -> their files."""
-    data = prepare_data(config)
-    files = _run(config, step, data, scorer=None)[1]
+    run = plan(config)
+    files = _run(config, run, run.budget.steps if step is None else step, prepare_data(config), scorer=None)[1]
     say(f"{config.eval.num_samples} samples: {files.path}, {files.grid}")
     return files
 
@@ -116,7 +115,7 @@ def evaluate(
             if is_main_process():
                 store.append(result)
             return result
-    world_size, files, kept, scores = _run(config, step, data, scorer)
+    world_size, files, kept, scores = _run(config, run, step, data, scorer)
     sampling = files.sampling
     guided = sampling.cfg_scale != 1 and run.spec.num_classes > 0
     images_seen = step * config.recipe.batch_size
@@ -141,14 +140,9 @@ def evaluate(
         sample_gflops=budgets.sample_gflops(run.cost.gflops, sampling.sampler.steps, guided),
         train_seconds=state.get("train_seconds", 0.0) if step == run.budget.steps else 0.0,
         protocol=protocol,
-        scores={column: score.value for column, score in scores.items()},
-        ci95={column: score.ci95 for column, score in scores.items()},
         checkpoint=str(checkpoint_path(config.directory, step).relative_to(config.paths.runs)) if step else "",
         samples=str(files.path.relative_to(config.paths.runs)),
-        world_size=world_size,
-        device=device_name(),
-        **provenance(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        **measured(world_size, scores),
     )
     if is_main_process():
         store.append(result)
@@ -164,17 +158,8 @@ def scorer_of(config: RunConfig) -> Scorer:
 
 def describe_protocol(config: RunConfig, data: Data, scorer: Scorer) -> dict[str, Any]:
     """Everything that changes a score and is not the trained weights, flat, as stored with each row."""
-    s = Sampling.of(config)
     return {
-        "name": config.eval.name,
-        "version": config.eval.version,
-        "num_samples": s.num_samples,
-        "labels": s.labels,
-        "seed": s.seed,
-        "cfg_scale": s.cfg_scale,
-        "cfg_channels": s.cfg_channels,
-        **{f"sampler{'' if key == 'name' else '_' + key}": value for key, value in asdict(s.sampler).items()},
-        "batch_size": s.batch_size,
+        **describe_sampling(config),
         "decoder": data.autoencoder.name,
         "decoder_sha256": data.autoencoder.sha256[:16],
         "quantisation": QUANTISATION,
@@ -182,12 +167,15 @@ def describe_protocol(config: RunConfig, data: Data, scorer: Scorer) -> dict[str
     }
 
 
+def score_line(result: Result) -> str:
+    """'fid 12.3 ± 0.4, ...'"""
+    return ", ".join(f"{name} {value:.4g} ± {result.ci95[name]:.2g}" for name, value in result.scores.items())
+
+
 def _run(
-    config: RunConfig, step: int | None, data: Data, scorer: Scorer | None
+    config: RunConfig, run: Plan, step: int, data: Data, scorer: Scorer | None
 ) -> tuple[int, SampleFiles, FeatureBlocks, dict[str, metrics.Score]]:
     """One pass over the samples -> (world size, sample files, features kept meanwhile, scores by column)."""
-    run = plan(config)
-    step = run.budget.steps if step is None else step
     module = build_module(config, run.spec)
     if step:
         checkpoint = checkpoint_path(config.directory, step)

@@ -17,8 +17,7 @@ from __future__ import annotations
 import hashlib
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +28,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from bench.console import say
 from bench.errors import UserError
-from bench.metrics.base import keep_dtype
+from bench.metrics.base import full_float32, keep_dtype
 from bench.registry import nearest
 from bench.weights import PublishedFile, fold_batch_norm, load_weights, random_weights, read_weights, resample_positions
 
@@ -137,7 +136,7 @@ class _Extractor(nn.Module, ABC):
             )
         device = next(self.network.parameters()).device
         approximate = self.precision != "float32"
-        with _full_float32(), torch.autocast(device.type, enabled=False):
+        with full_float32(), torch.autocast(device.type, enabled=False):
             x = self._prepare(images.to(device).float()).contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16, enabled=approximate):
                 features = {output: rows.float() for output, rows in self._run(x).items()}
@@ -327,18 +326,3 @@ _BUILDERS: dict[str, tuple[Callable[..., _Extractor], PublishedFile | None]] = {
     "effnet-lite0": (EfficientNetLite0, None),
     "random": (lambda: Inception(random_weights(blank_inception(), seed=7), "random-7", "random"), None),
 }
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """No TF32 or bfloat16 inside convolutions and products: they move features by 1e-3."""
-    root: Any = torch.backends  # its modules make these attributes at run time
-    backends = (root.cudnn.conv, root.cuda.matmul, root.mkldnn.conv, root.mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision

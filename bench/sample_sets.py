@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from torch import Tensor
@@ -18,9 +16,8 @@ from bench.files import short_digest
 from bench.images import ImageSet, open_images
 from bench.reference import extractor_of
 from bench.scorer import Scorer, describe_scorer, holds_moments, prepare_scorer
-from bench.scoring import FeatureBlocks, run_pass
-from bench.store import RowStore, SampleSetScore, provenance
-from bench.train import device_name
+from bench.scoring import FeatureBlocks, measured, run_pass
+from bench.store import RowStore, SampleSetScore
 
 
 class StoredImages:
@@ -59,9 +56,8 @@ def _score(path: Path, images: ImageSet, n: int, scorer: Scorer, config: Scoring
     protocol = {"num_samples": n, "images": "as given", "size": "x".join(map(str, images.size[::-1]))}
     protocol |= describe_scorer(scorer)
     store = RowStore(Path(config.paths.runs) / "sample_sets.jsonl", SampleSetScore)
-    wanted = (str(path), sha256, json.dumps(protocol, sort_keys=True))
-    for stored in store.load():
-        if stored.key == wanted:
+    for stored in store.load(samples=str(path), sha256=sha256):
+        if stored.protocol == protocol:
             return stored
     source = StoredImages(images, n, config.eval.batch_size)
     meanwhile = Path(config.paths.cache) / "passes" / short_digest(f"{sha256} {n} {config.eval.batch_size}")
@@ -71,12 +67,7 @@ def _score(path: Path, images: ImageSet, n: int, scorer: Scorer, config: Scoring
         samples=str(path),
         sha256=sha256,
         protocol=protocol,
-        scores={column: score.value for column, score in scores.items()},
-        ci95={column: score.ci95 for column, score in scores.items()},
-        world_size=world_size,
-        device=device_name(),
-        **provenance(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        **measured(world_size, scores),
     )
     if is_main_process():
         store.append(result)

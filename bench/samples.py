@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,6 +75,22 @@ class Sampling:
     def directory(self, run: Path, step: int) -> Path:
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
         return run / "samples" / f"step-{step:08d}-{digest}"
+
+
+def describe_sampling(config: RunConfig) -> dict[str, Any]:
+    """The part of a protocol that decides the samples, flat, as stored with each row."""
+    s = Sampling.of(config)
+    return {
+        "name": config.eval.name,
+        "version": config.eval.version,
+        "num_samples": s.num_samples,
+        "labels": s.labels,
+        "seed": s.seed,
+        "cfg_scale": s.cfg_scale,
+        "cfg_channels": s.cfg_channels,
+        **{f"sampler{'' if key == 'name' else '_' + key}": value for key, value in asdict(s.sampler).items()},
+        "batch_size": s.batch_size,
+    }
 
 
 class SampleFiles:

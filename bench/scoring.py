@@ -8,7 +8,9 @@ goes on where it was, with any number of processes, and ends with the digits of 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +27,8 @@ from bench.errors import UserError
 from bench.files import atomic_write, short_digest
 from bench.metrics.base import share_states
 from bench.scorer import Scorer
+from bench.store import provenance
+from bench.train import device_name
 
 
 class Source(Protocol):
@@ -130,6 +134,18 @@ class ScoringPass(L.LightningModule):
             features = self.extractor(self.source.images(block), indices=block)
             self.kept.write(block, features)
         return features
+
+
+def measured(world_size: int, scores: Mapping[str, metrics.Score]) -> dict[str, Any]:
+    """What a stored row says of its scores: values, intervals, and what they were computed with."""
+    return {
+        "scores": {column: score.value for column, score in scores.items()},
+        "ci95": {column: score.ci95 for column, score in scores.items()},
+        "world_size": world_size,
+        "device": device_name(),
+        **provenance(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def run_pass(

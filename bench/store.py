@@ -21,8 +21,23 @@ from bench.registry import ROOT
 RECORDED = ("torch", "lightning", "torchmetrics", "numpy")  # packages whose version can change a score
 
 
+@dataclass(frozen=True, kw_only=True)
 class Row(ABC):
-    """A line of a store; subclasses are frozen dataclasses of what JSON can hold."""
+    """A line of a store: scores, and how they were measured. Subclasses say of what."""
+
+    protocol: dict[str, Any]  # flat: all that changes a score beside what is scored
+    scores: dict[str, float]  # by column, such as fid or fd500[effnet-lite0]
+    ci95: dict[str, float]  # half width of the 95 % interval, same keys
+    world_size: int
+    device: str
+    versions: dict[str, str]
+    git_commit: str
+    created: str  # ISO time, UTC
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What must be alike before two rows share a column."""
+        return self.protocol
 
     @property
     @abstractmethod
@@ -30,12 +45,12 @@ class Row(ABC):
         """What a store holds once."""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)  # type: ignore[call-overload]
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> Self:
         """Raises: UserError naming the keys that are missing or unknown."""
-        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        known = {field.name for field in fields(cls)}
         if known != set(row):
             missing, unknown = (", ".join(sorted(keys)) or "none" for keys in (known - set(row), set(row) - known))
             raise UserError(
@@ -47,7 +62,7 @@ class Row(ABC):
 R = TypeVar("R", bound=Row)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result(Row):
     """The scores of one checkpoint under one protocol, with all that is needed to tell what was measured."""
 
@@ -70,20 +85,11 @@ class Result(Row):
     train_gflops_papers: float  # gflops x images_seen
     sample_gflops: float  # per image: gflops x sampler steps x (2 if guided)
     train_seconds: float  # 0 for checkpoints on the way
-    protocol: dict[str, Any]  # flat: all that changes a score beside the weights
-    scores: dict[str, float]  # by column, such as fid or fd[effnet-lite0]
-    ci95: dict[str, float]  # half width of the 95 % interval, same keys
     checkpoint: str  # relative to the runs directory, as is samples
     samples: str
-    world_size: int
-    device: str
-    versions: dict[str, str]
-    git_commit: str
-    created: str  # ISO time, UTC
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What must be alike before two rows share a column."""
         return self.protocol | {"data": self.data}
 
     @property
@@ -92,24 +98,12 @@ class Result(Row):
         return self.comparison, self.run_id, self.checkpoint, self.weights, json.dumps(self.protocol, sort_keys=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SampleSetScore(Row):
     """The scores of a set of finished images, with all that is known of how they were measured."""
 
     samples: str  # path as given
     sha256: str  # of the images' bytes
-    protocol: dict[str, Any]  # flat: all that changes a score beside the images
-    scores: dict[str, float]  # by column, such as fid
-    ci95: dict[str, float]  # half width of the 95 % interval, same keys
-    world_size: int
-    device: str
-    versions: dict[str, str]
-    git_commit: str
-    created: str  # ISO time, UTC
-
-    @property
-    def conditions(self) -> dict[str, Any]:
-        return self.protocol
 
     @property
     def key(self) -> tuple[str, ...]:

@@ -17,10 +17,8 @@ torch, for counting Gflops.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -33,17 +31,14 @@ from bench import budget as budgets
 from bench import registry
 from bench.errors import UserError
 from bench.files import atomic_write, short_digest
+from bench.sweep_points import TARGET, Flat, all_points, flatten, nest, require_own_keys, varied_keys
 
 if TYPE_CHECKING:
     from bench.config import RunConfig
     from bench.train import Plan
 
 EQUAL = ("train_gflops", "images", "gflops", "none")
-DISTRIBUTIONS = ("uniform", "loguniform", "choice")
-TARGET = "gflops"  # of one forward; a key of a sweep that picks model.size
 ONE_RUN = "sweep.run"  # `sweep run <name> sweep.run=<run_id>`: one of the runs as they are
-
-Flat = dict[str, Any]  # dotted key -> value
 
 
 @dataclass(frozen=True)
@@ -152,19 +147,20 @@ def read_sweep(directory: Path) -> Sweep:
 
 def expand(path: Path, overrides: Sequence[str] = (), inputs: str = "", point: Flat | None = None) -> Sweep:
     """All runs of a sweep file, or the one at `point`. Raises: UserError, as `load_sweep`."""
-    from bench.config import (
-        parse_overrides,
-        read_yaml,  # torch loads here
-    )
+    from bench.config import model_rows, parse_overrides, read_yaml  # torch loads here
 
     shared, given = read_yaml(path), parse_overrides(overrides)
     settings = flatten(shared.pop("sweep", {})) | flatten(given.pop("sweep", {}))
     equal = str(given.pop("equal", shared.pop("equal", "train_gflops")))
     if equal not in EQUAL:
         raise UserError(f"{path.name}: equal '{equal}' is not known. Choose one of {', '.join(EQUAL)}.")
-    models = _rows(path, shared.pop("models", {}), given.pop("models", {}))
-    points = [point] if point else _points(path, settings, models)
-    _require_own_keys(path, points, given, equal)
+    rows, changes = shared.pop("models", None), given.pop("models", {})
+    models = [
+        {"use.model": architecture} | {f"model.{key}": value for key, value in (flatten(row) | flatten(change)).items()}
+        for architecture, row, change in (model_rows(path.name, rows, changes) if rows or changes else ())
+    ]
+    points = [point] if point else all_points(path, settings, models)
+    require_own_keys(path, points, given, equal)
     expander = _Expander([(path.name, shared), ("command line", given)], f"{path.name}, sweep")
     runs = []
     for point in points:
@@ -188,7 +184,7 @@ class _Expander:
 
     def config(self, point: Flat) -> RunConfig:
         """The configuration of a point. Raises: UserError, as `load_run`."""
-        values = _nest(point)
+        values = nest(point)
         # Runs that set the same keys on the same files: one is merged in full, the others replace its values.
         shape = json.dumps([sorted(point), values.get("use")])
         if shape in self._templates:
@@ -212,9 +208,9 @@ class _Expander:
         return config, self._plans[key]
 
     def _merged(self, shape: str, values: dict[str, Any]) -> RunConfig:
-        from bench.config import build_run as build
+        from bench.config import build_run
 
-        config = build([*self.layers, (self.source, values)])
+        config = build_run([*self.layers, (self.source, values)])
         self._templates.setdefault(shape, config)
         for group in values:
             if group != "use":
@@ -272,6 +268,17 @@ def _sized(expander: _Expander, point: Flat) -> tuple[RunConfig, Plan, float]:
     return config, plan, plan.cost.gflops / target - 1
 
 
+def _asked_protocol(config: RunConfig) -> dict[str, Any]:
+    """The part of a row's protocol that the configuration alone decides, as a row is read back."""
+    from bench.features import PRECISIONS
+    from bench.samples import describe_sampling
+
+    scored = config.eval
+    extractor = {"precision": PRECISIONS[scored.precision], "extractor": scored.extractor}
+    asked = describe_sampling(config) | extractor | {"metrics": ",".join(scored.metrics)}
+    return json.loads(json.dumps(asked))
+
+
 def _planned(config: RunConfig, plan: Plan, values: Flat, gap: float | None) -> PlannedRun:
     untrained = [0] if config.eval.untrained else []
     return PlannedRun(
@@ -283,115 +290,9 @@ def _planned(config: RunConfig, plan: Plan, values: Flat, gap: float | None) -> 
         steps=plan.budget.steps,
         images=plan.budget.images,
         scored_steps=[*untrained, *plan.checkpoint_steps],
-        protocol=asked_protocol(config),
+        protocol=_asked_protocol(config),
         gap=gap,
     )
-
-
-def asked_protocol(config: RunConfig) -> dict[str, Any]:
-    """The part of a row's protocol that the configuration alone decides, by the names of `describe_protocol`."""
-    from bench.samples import Sampling
-
-    s, scored = Sampling.of(config), config.eval
-    known = {key: getattr(s, key) for key in ("num_samples", "labels", "seed", "cfg_scale", "cfg_channels")}
-    sampler = {f"sampler{'' if key == 'name' else '_' + key}": value for key, value in asdict(s.sampler).items()}
-    asked = {"name": scored.name, "version": scored.version, **known, **sampler, "batch_size": s.batch_size}
-    asked |= {"precision": scored.precision, "extractor": scored.extractor, "metrics": ",".join(scored.metrics)}
-    return json.loads(json.dumps(asked))  # as a row is read back
-
-
-def _rows(path: Path, rows: Any, changes: dict[str, Any]) -> list[Flat]:
-    """The rows of `models`, as in a comparison: {label: {architecture: dit, size: S/2, ...}}."""
-    if not isinstance(rows, dict):
-        raise UserError(f"{path.name}: 'models' must list rows, such as models: {{dit: {{size: S/2}}}}.")
-    for label in changes:
-        if label not in rows:
-            raise UserError(
-                f"command line: models.{label} is not a row of {path.name}. {registry.nearest(label, list(rows))}"
-            )
-    found = []
-    for label, row in rows.items():
-        settings = flatten(row or {}) | flatten(changes.get(label) or {})
-        architecture = settings.pop("architecture", label)
-        found.append({"use.model": architecture} | {f"model.{key}": value for key, value in settings.items()})
-    return found
-
-
-def _points(path: Path, settings: Flat, models: list[Flat]) -> list[Flat]:
-    """Every combination of rows, grid and draws, in the order of the file."""
-    where = f"{path.name}: sweep"
-    parts: dict[str, Flat] = {"grid": {}, "random": {}, "slurm": {}}
-    for key, value in settings.items():
-        part, _, rest = key.partition(".")
-        if part not in (*parts, "list") or (part == "list") == bool(rest):
-            raise UserError(f"{where}.{key} is not a setting. {registry.nearest(part, [*parts, 'list'])}")
-        if rest:
-            parts[part][rest] = value
-    for key, values in parts["grid"].items():
-        if not isinstance(values, list) or not values:
-            raise UserError(f"{where}.grid.{key} is {values!r}. Give a list of values, such as [1, 2].")
-    rows = settings.get("list", [{}])
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{where}.list must be a list of settings, such as [{{model.M: 1}}, {{model.M: 2}}].")
-    grid = [dict(zip(parts["grid"], values, strict=True)) for values in itertools.product(*parts["grid"].values())]
-    points = []
-    for choice in itertools.product(models or [{}], map(flatten, rows), grid, _draws(where, parts["random"])):
-        keys = [key for part in choice for key in part]
-        if repeated := [key for key in keys if keys.count(key) > 1]:
-            raise UserError(f"{where} sets {repeated[0]} twice. Keep it in one of models, list, grid and random.")
-        points.append({key: value for part in choice for key, value in part.items()})
-    if not any(points):
-        raise UserError(f"{where} varies nothing. Give sweep.grid, sweep.list or sweep.random.")
-    return points
-
-
-def _draws(where: str, settings: Flat) -> list[Flat]:
-    """`count` random settings; draw i of a key depends on (seed, key, i) alone, so a longer sweep keeps the shorter."""
-    settings = dict(settings)
-    count, seed = settings.pop("count", None), settings.pop("seed", 0)
-    if not settings and count is None:
-        return [{}]
-    if not isinstance(count, int) or count < 1:
-        raise UserError(f"{where}.random.count is {count!r}. Say how many runs to draw.")
-    draws: list[Flat] = [{} for _ in range(count)]
-    for path, values in settings.items():
-        key, _, name = path.rpartition(".")
-        numbers = isinstance(values, list) and values and (name == "choice" or len(values) == 2)
-        if name not in DISTRIBUTIONS or not key or not numbers:
-            raise UserError(
-                f"{where}.random.{path} is {values!r}. Write {key or path}: {{loguniform: [low, high]}}, "
-                "{uniform: [low, high]} or {choice: [values]}."
-            )
-        if name == "loguniform" and min(values) <= 0:
-            raise UserError(f"{where}.random.{path} is {values!r}; both ends must be above 0.")
-        for i, draw in enumerate(draws):
-            draw[key] = _draw(name, values, random.Random(f"{seed} {key} {i}"))
-    return draws
-
-
-def _draw(name: str, values: list[Any], source: random.Random) -> Any:
-    if name == "choice":
-        return source.choice(values)
-    low, high = (math.log(value) if name == "loguniform" else value for value in values)
-    drawn = source.uniform(low, high)
-    return float(f"{math.exp(drawn) if name == 'loguniform' else drawn:.6g}")
-
-
-def _require_own_keys(path: Path, points: list[Flat], given: dict[str, Any], equal: str) -> None:
-    """Raises: UserError for a setting that the sweep varies and the command line fixes, or that none may vary."""
-    swept = dict.fromkeys(key for point in points for key in point)
-    for key in swept:
-        if key.startswith(("paths.", "sweep.")) or key in ("paths", "equal"):
-            raise UserError(f"{path.name}: sweep cannot vary {key}. Set it for all runs.")
-        if key == TARGET and equal != TARGET:
-            raise UserError(f"{path.name}: sweep sets {TARGET}, which picks sizes by cost. Set equal: {TARGET}.")
-        if key == "model.size" and TARGET in swept:
-            raise UserError(f"{path.name}: sweep sets model.size and {TARGET}, which picks it. Keep one.")
-    for key in flatten(given):
-        if any(key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.") for other in swept):
-            raise UserError(f"command line: {key} is what {path.name} varies. Change sweep.grid.{key}=[...] instead.")
-    if equal == TARGET and TARGET not in swept:
-        raise UserError(f"{path.name}: equal is {TARGET}, but no target is given. Write sweep.grid.{TARGET}: [5.6].")
 
 
 def _require_distinct(path: Path, runs: list[PlannedRun]) -> None:
@@ -459,24 +360,6 @@ def one_run(name: str, overrides: Sequence[str]) -> tuple[str, PlannedRun]:
     return path.stem, expand(path, rest, point=point).runs[0]
 
 
-def read_settings(path: Path) -> Flat:
-    """The flat `sweep` of a file, without torch; other parts of the file are not checked."""
-    values = yaml.safe_load(path.read_text())
-    return flatten(values.get("sweep") or {}) | {key: value for key, value in values.items() if key == "models"}
-
-
-def varied_keys(path: Path) -> list[str]:
-    """The keys of a file's grid and draws."""
-    found = []
-    for key in read_settings(path):
-        part, _, rest = key.partition(".")
-        if part == "grid":
-            found.append(rest)
-        elif part == "random" and rest not in ("count", "seed"):
-            found.append(rest.rpartition(".")[0])
-    return found
-
-
 def _inputs(path: Path, overrides: Sequence[str]) -> str:
     """Digest of all that the runs of a sweep follow from: its file, the other configs, our code, the overrides."""
     digest = hashlib.sha256(json.dumps([*overrides]).encode())
@@ -496,25 +379,3 @@ def _root(path: Path, overrides: Sequence[str]) -> str:
     values = yaml.safe_load(path.read_text())
     named = values.get("paths") if isinstance(values, dict) else None
     return given[0] if given else str((named or {}).get("runs", "runs"))
-
-
-def flatten(values: Any, prefix: str = "") -> Flat:
-    """The leaves of nested mappings, by dotted key; an empty mapping is none."""
-    if not isinstance(values, dict):
-        return {prefix: values}
-    return {
-        path: leaf
-        for key, value in values.items()
-        for path, leaf in flatten(value, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
-
-
-def _nest(flat: Flat) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for path, value in flat.items():
-        *above, key = path.split(".")
-        node = nested
-        for part in above:
-            node = node.setdefault(part, {})
-        node[key] = value
-    return nested

@@ -12,7 +12,9 @@ import yaml
 
 from bench import registry
 from bench.errors import UserError
-from bench.sweep import ONE_RUN, PlannedRun, Sweep, flatten, load_sweep, read_settings
+from bench.files import atomic_write
+from bench.sweep import ONE_RUN, PlannedRun, Sweep, load_sweep
+from bench.sweep_points import flatten, read_settings
 
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # a thousand files: 1 s in C, 6 s in Python
 
@@ -33,8 +35,8 @@ def write_config(run: PlannedRun) -> None:
     path = Path(run.config["paths"]["runs"]) / run.run_id / "config.yaml"
     text = yaml.dump(run.config, Dumper=DUMPER, sort_keys=False)
     if not path.exists() or path.read_text() != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        with atomic_write(path) as file:
+            file.write(text)
 
 
 def describe(sweep: Sweep) -> str:

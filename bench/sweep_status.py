@@ -13,7 +13,7 @@ from typing import Any
 
 from bench import registry
 from bench.errors import UserError
-from bench.launch import JobRecord, is_held
+from bench.jobs import JobRecord, is_held
 from bench.store import Result, ResultStore
 from bench.sweep import PlannedRun, Sweep, stored_sweeps
 

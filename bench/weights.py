@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from bench.console import progress, say
 from bench.errors import UserError
 from bench.files import atomic_write
+from datamodules.raw import user_cache
 
 TIMEOUT = 60  # seconds without a byte before a fetch is given up
 BLOCK = 1 << 20  # bytes per read of a fetch
@@ -48,11 +48,6 @@ class PublishedFile:
         )
 
 
-def cache_folder() -> Path:
-    """Where fetched files are kept: $XDG_CACHE_HOME/isodiff, by default ~/.cache/isodiff."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isodiff"
-
-
 def read_weights(
     extractor: str, published: PublishedFile, given: Path | None, fetch: bool
 ) -> tuple[dict[str, Tensor], str]:
@@ -60,7 +55,7 @@ def read_weights(
 
     Raises: UserError if there is no file, if it is another one than published, or if it holds no weights.
     """
-    path = given or cache_folder() / published.name
+    path = given or user_cache() / published.name
     if given is None and not path.is_file():
         if not fetch:
             raise UserError(

@@ -25,9 +25,9 @@ LAYOUTS = ("trees", "nested", "synsets", "parquet", "webdataset", "other")
 def open_imagenet(root: Path, cache: Path | None = None, *, progress: bool = True) -> EncodedImages:
     """ImageNet-1k's training pictures in the first layout found in or below `root`; labels index the sorted synsets.
 
-    Looked for in this order: synset folders nXXXXXXXX/ (plain or as Kaggle unpacks), the official tar of tars, the tars
-    of single synsets, Parquet shards of the hub, WebDataset shards. Archives are read in place. Their index is kept in
-    the folder `cache` if one is given; it takes a pass over the archive's headers to make.
+    Looked for in this order: synset folders (n and 8 digits; plain or as Kaggle unpacks), the official tar of tars, the
+    tars of single synsets, Parquet shards of the hub, WebDataset shards. Archives are read in place. Their index is
+    kept in the folder `cache` if one is given; it takes a pass over the archive's headers to make.
 
     A part of the 1000 classes or of the pictures is taken with a warning.
 
@@ -50,8 +50,8 @@ def open_imagenet(root: Path, cache: Path | None = None, *, progress: bool = Tru
         )
         raise ValueError(
             f"No ImageNet training pictures at {root}: looked down to {DEPTH} folders deep for synset folders "
-            "nXXXXXXXX/ with pictures, ILSVRC2012_img_train.tar, nXXXXXXXX.tar, Parquet shards (*.parquet) and "
-            f"WebDataset shards (*.tar with .cls). There is: {there}{loose}."
+            "(n and 8 digits) with pictures, ILSVRC2012_img_train.tar, tars named by synset, Parquet shards "
+            f"(*.parquet) and WebDataset shards (*.tar with .cls). There is: {there}{loose}."
         )
     _, paths, open_layout = present[0]
     images = open_layout(root if root.is_dir() else root.parent, paths, cache, progress)

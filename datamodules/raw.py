@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 from uuid import uuid4
 
 import numpy as np
@@ -22,36 +23,13 @@ from tqdm import tqdm
 SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))  # of pictures, lower case
 
 
-class RawImages(Protocol):
-    """Encoded pictures of a set in a fixed order."""
+class EncodedImages(ABC):
+    """Encoded pictures of a set in a fixed order; readers say where they lie."""
 
     description: str  # what was found, for people
     warnings: tuple[str, ...]  # sentences on what is missing or was left out
     classes: tuple[str, ...]  # names in label order; () = unlabelled
     labels: np.ndarray  # (n,) int64; zeros where unlabelled
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> bytes:
-        """The stored file, undecoded."""
-        ...
-
-    def name(self, index: int) -> str:
-        """Path below the set's folder, `class/file` out of an archive, or key of a database."""
-        ...
-
-    def fingerprint(self) -> str:
-        """SHA-256 over names, stored sizes, classes and labels in order: equal for the same set, wherever it lies."""
-        ...
-
-    @property
-    def storage_order(self) -> np.ndarray:
-        """All rows (n,) int64 in the order that reads fastest. Only Parquet shards read slowly in any other."""
-        ...
-
-
-class EncodedImages:
-    """What the readers share; they add `read`, `name` and `stored_sizes`."""
 
     def __init__(
         self, description: str, classes: Iterable[str], labels: np.ndarray, warnings: Iterable[str] = ()
@@ -62,17 +40,20 @@ class EncodedImages:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @abstractmethod
     def read(self, index: int) -> bytes:
-        raise NotImplementedError
+        """The stored file, undecoded."""
 
+    @abstractmethod
     def name(self, index: int) -> str:
-        raise NotImplementedError
+        """Path below the set's folder, `class/file` out of an archive, or key of a database."""
 
+    @abstractmethod
     def stored_sizes(self) -> np.ndarray:
         """Bytes of each picture (n,) int64, without reading any."""
-        raise NotImplementedError
 
     def fingerprint(self) -> str:
+        """SHA-256 over names, stored sizes, classes and labels in order: equal for the same set, wherever it lies."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for index, (size, label) in enumerate(zip(self.stored_sizes().tolist(), self.labels.tolist(), strict=True)):
             digest.update(f"{self.name(index)}\0{size}\0{label}\n".encode("utf-8", "surrogateescape"))
@@ -80,6 +61,7 @@ class EncodedImages:
 
     @property
     def storage_order(self) -> np.ndarray:
+        """All rows (n,) int64 in the order that reads fastest. Only Parquet shards read slowly in any other."""
         return np.arange(len(self))
 
 
@@ -92,7 +74,7 @@ class Rows(EncodedImages):
     """
 
     def __init__(
-        self, raw: RawImages, rows: Sequence[int] | np.ndarray | None = None, classes: Iterable[str] | None = None
+        self, raw: EncodedImages, rows: Sequence[int] | np.ndarray | None = None, classes: Iterable[str] | None = None
     ) -> None:
         chosen = np.arange(len(raw)) if rows is None else np.asarray(rows, np.int64)
         outside = chosen[(chosen < 0) | (chosen >= len(raw))]
@@ -123,6 +105,9 @@ class Rows(EncodedImages):
 
     def name(self, index: int) -> str:
         return self.raw.name(int(self.rows[index]))
+
+    def stored_sizes(self) -> np.ndarray:
+        return self.raw.stored_sizes()[self.rows]
 
     def fingerprint(self) -> str:
         """Of the whole set and the choice: the same pictures as a set of their own have another one."""
@@ -246,6 +231,11 @@ class Names:
 
 
 # --- small things -----------------------------------------------------------------------------------------------------
+
+
+def user_cache() -> Path:
+    """Where files are kept that serve all projects of a user: $XDG_CACHE_HOME/isodiff, by default ~/.cache/isodiff."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isodiff"
 
 
 def write_whole(file: Path, write: Callable[[IO[bytes]], Any]) -> None:

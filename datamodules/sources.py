@@ -26,7 +26,7 @@ from tqdm import tqdm
 from datamodules.base import DataConfig, DataSet, LatentDataModule, subset_rows
 from datamodules.crops import RULES, crop, decode
 from datamodules.processes import Processes, show_life, wait_for
-from datamodules.raw import EncodedImages, Rows, write_whole
+from datamodules.raw import EncodedImages, Rows, user_cache, write_whole
 
 THREADS = 16  # at most, for decoding; Pillow lets go of the interpreter while it decodes and resizes
 
@@ -172,7 +172,7 @@ def unreadable(pictures: EncodedImages, *, alive: Path | None = None, progress: 
 
 def index_folder() -> Path:
     """What is learnt of raw sets, by their state: $XDG_CACHE_HOME/isodiff/raw, by default ~/.cache/isodiff/raw."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isodiff" / "raw"
+    return user_cache() / "raw"
 
 
 @lru_cache(maxsize=1)

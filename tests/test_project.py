@@ -19,7 +19,7 @@ ALLOWED = {"bench": {"models", "datamodules"}, "models": set(), "datamodules": s
 # Modules behind which no torch may load: they serve tables and --help.
 LIGHT = """
     bench.tables bench.store bench.budget bench.figures bench.report bench.cli bench.registry bench.errors bench.metrics
-    bench.sweep bench.launch bench.sweep_status bench.sweep_print models.recipe
+    bench.sweep bench.sweep_points bench.jobs bench.launch bench.sweep_status bench.sweep_print models.recipe
 """
 
 

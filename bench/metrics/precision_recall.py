@@ -16,15 +16,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import combinations_with_replacement
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.errors import UserError
-from bench.metrics.base import BLOCK, RowMetric, ShareMetric
+from bench.metrics.base import BLOCK, RowMetric, ShareMetric, full_float32
 
 NEIGHBOURS = 3
 CANDIDATES = 10  # nearest rows by quick distances, among which the ball's radius is sought
@@ -324,19 +322,5 @@ def _blocks(*tensors: Tensor, size: int = BLOCK) -> Iterator[tuple[Tensor, ...]]
 
 def _float32_products(a: Tensor, b: Tensor) -> Tensor:
     """(A, d) and (B, d) float32 -> (A, B), without the TF32 or bfloat16 that backends or autocast may be set to."""
-    with _full_float32(), torch.autocast(a.device.type, enabled=False):
+    with full_float32(), torch.autocast(a.device.type, enabled=False):
         return a @ b.T
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    root: Any = torch.backends  # its modules make these attributes at run time
-    backends = (root.cuda.matmul, root.mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision

@@ -12,7 +12,8 @@ import yaml
 from bench.config import load_reference, load_run
 from bench.errors import UserError
 from bench.files import atomic_write
-from bench.launch import JobRecord, launch
+from bench.jobs import JobRecord
+from bench.launch import launch
 from bench.registry import CONFIGS
 from bench.scorer import write_reference
 from bench.store import ResultStore

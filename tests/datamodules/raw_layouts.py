@@ -223,3 +223,14 @@ def read_all(images) -> list[bytes]:
 
 def open_and_read(open_images, root: Path, cache: Path) -> list[bytes]:
     return read_all(open_images(root, cache, progress=False))
+
+
+def has(warnings, text: str) -> bool:
+    """Whether one of the warnings says so."""
+    return any(text in warning for warning in warnings)
+
+
+def index_file(cache: Path) -> Path:
+    """The one file in the folder of indexes."""
+    (file,) = cache.iterdir()
+    return file

@@ -29,15 +29,6 @@ def no_walk(*_):
     raise AssertionError("the keys were walked though their index is in the cache")
 
 
-def index_file(cache):
-    (file,) = cache.iterdir()
-    return file
-
-
-def has(warnings, text):
-    return any(text in warning for warning in warnings)
-
-
 # --- pictures and keys ----------------------------------------------------------------------------------------------
 
 
@@ -54,7 +45,7 @@ def test_pictures_come_in_the_order_of_their_keys(tmp_path, style, form):
 
 
 def test_the_published_count_is_expected(database, monkeypatch):
-    assert has(open_lsun(database).warnings, "60 pictures; LSUN-Bedrooms' training split has 3,033,042")
+    assert layouts.has(open_lsun(database).warnings, "60 pictures; LSUN-Bedrooms' training split has 3,033,042")
     monkeypatch.setattr(lmdb_images, "BEDROOM_COUNT", 60)
     assert open_lsun(database).warnings == ()
 
@@ -63,13 +54,13 @@ def test_of_several_sizes_the_largest_is_taken(tmp_path):
     entries = {b"128-0000000": b"s", b"256-0000000": b"a", b"256-0000001": b"b", b"64-0000000": b"t", b"length": b"2"}
     images = open_lsun(layouts.write_lmdb(tmp_path, entries))
     assert layouts.read_all(images) == [b"a", b"b"]
-    assert has(images.warnings, "3 entries have keys of another kind than 256-0000000 and were left out")
+    assert layouts.has(images.warnings, "3 entries have keys of another kind than 256-0000000 and were left out")
 
 
 def test_hex_keys_are_told_from_others(tmp_path):
     images = open_lsun(layouts.write_lmdb(tmp_path, ENTRIES | {b"num-samples": b"60", b"zzz": b""}))
     assert layouts.read_all(images) == CONTENTS
-    assert has(images.warnings, "2 entries have keys of another kind")
+    assert layouts.has(images.warnings, "2 entries have keys of another kind")
 
 
 def test_keys_of_no_known_style_are_all_taken(tmp_path):
@@ -147,7 +138,7 @@ def test_a_pickled_set_carries_neither_handle_nor_index(tmp_path):
 
 def test_the_index_is_read_from_the_cache(database, tmp_path, monkeypatch):
     open_lsun(database, tmp_path)
-    assert np.load(index_file(tmp_path)).tolist() == sorted(ENTRIES)
+    assert np.load(layouts.index_file(tmp_path)).tolist() == sorted(ENTRIES)
     monkeypatch.setattr(lmdb_images, "_sorted_keys", no_walk)
     assert layouts.read_all(open_lsun(database, tmp_path)) == CONTENTS
 
@@ -164,7 +155,7 @@ def test_another_database_in_the_same_place_is_indexed_anew(tmp_path, tell):
             os.utime(file, ns=(0, 0))
         images = open_lsun(tmp_path / "db", cache)
         assert [images.name(k).encode() for k in range(50)] == sorted(entries)
-        assert np.load(index_file(cache)).tolist() == sorted(entries)  # the stale one is gone
+        assert np.load(layouts.index_file(cache)).tolist() == sorted(entries)  # the stale one is gone
         sizes.append(file.stat().st_size)
         del images
     assert sizes[0] == sizes[1]
@@ -184,15 +175,15 @@ def test_entries_added_later_are_indexed(tmp_path):
 @pytest.mark.parametrize("keep", [0, 5, 0.5, 0.999], ids=["empty", "five bytes", "half", "all but the end"])
 def test_a_torn_index_is_made_anew(database, tmp_path, keep):
     open_lsun(database, tmp_path)
-    whole = index_file(tmp_path).read_bytes()
-    index_file(tmp_path).write_bytes(whole[: keep if keep in (0, 5) else int(keep * len(whole))])
+    whole = layouts.index_file(tmp_path).read_bytes()
+    layouts.index_file(tmp_path).write_bytes(whole[: keep if keep in (0, 5) else int(keep * len(whole))])
     assert layouts.read_all(open_lsun(database, tmp_path)) == CONTENTS
-    assert index_file(tmp_path).read_bytes() == whole
+    assert layouts.index_file(tmp_path).read_bytes() == whole
 
 
 def test_an_index_removed_meanwhile_is_made_anew_by_the_process_that_reads(database, tmp_path):
     packed = pickle.dumps(open_lsun(database, tmp_path))
-    index_file(tmp_path).unlink()
+    layouts.index_file(tmp_path).unlink()
     assert layouts.read_all(pickle.loads(packed)) == CONTENTS
 
 
@@ -220,7 +211,7 @@ def test_processes_may_build_the_index_at_once(database, tmp_path, method):
     with multiprocessing.get_context(method).Pool(2) as pool:
         read = pool.starmap(layouts.open_and_read, [(open_lsun, database, tmp_path)] * 6, chunksize=1)
     assert read == [CONTENTS] * 6
-    assert np.load(index_file(tmp_path)).tolist() == sorted(ENTRIES)  # and nothing half-written beside it
+    assert np.load(layouts.index_file(tmp_path)).tolist() == sorted(ENTRIES)  # and nothing half-written beside it
 
 
 # --- what is wrong --------------------------------------------------------------------------------------------------

@@ -26,19 +26,6 @@ FEW = layouts.imagenet_pictures(seed=1, per_class=6, synsets=layouts.SYNSETS[:3]
 ARCHIVES = ["tar of tars", "synset tars", "WebDataset"]
 
 
-@pytest.fixture(scope="module")
-def roots(tmp_path_factory):
-    """One folder per layout, all of the same pictures."""
-    folders = {name: tmp_path_factory.mktemp("set") for name in layouts.LAYOUTS}
-    for name, folder in folders.items():
-        layouts.LAYOUTS[name](folder, PICTURES)
-    return folders
-
-
-def has(warnings, text):
-    return any(text in warning for warning in warnings)
-
-
 # --- all layouts are one set ----------------------------------------------------------------------------------------
 
 
@@ -147,11 +134,6 @@ def no_walk(*_):
     raise AssertionError("the archive was walked though its index is in the cache")
 
 
-def index_file(cache):
-    (file,) = cache.iterdir()
-    return file
-
-
 def test_the_index_is_read_from_the_cache(tmp_path, monkeypatch):
     layouts.write_nested_tar(tmp_path, FEW)
     first = open_imagenet(tmp_path, tmp_path / "cache")
@@ -175,17 +157,17 @@ def test_a_torn_index_is_made_anew(tmp_path, keep):
     layouts.write_webdataset(tmp_path, FEW)
     cache = tmp_path / "cache"
     open_imagenet(tmp_path, cache)
-    whole = index_file(cache).read_bytes()
-    index_file(cache).write_bytes(whole[: keep if keep in (0, 1) else int(keep * len(whole))])
+    whole = layouts.index_file(cache).read_bytes()
+    layouts.index_file(cache).write_bytes(whole[: keep if keep in (0, 1) else int(keep * len(whole))])
     assert layouts.read_all(open_imagenet(tmp_path, cache)) == [picture.content for picture in FEW]
-    assert len(index_file(cache).read_bytes()) == len(whole)
+    assert len(layouts.index_file(cache).read_bytes()) == len(whole)
 
 
 def test_processes_may_build_the_index_at_once(roots, tmp_path):
     job = (open_imagenet, roots["tar of tars"], tmp_path / "cache")
     with multiprocessing.get_context("fork").Pool(2) as pool:
         assert pool.starmap(layouts.open_and_read, [job] * 4, chunksize=1) == [CONTENTS] * 4
-    assert index_file(tmp_path / "cache").suffix == ".npz"  # and nothing half-written beside it
+    assert layouts.index_file(tmp_path / "cache").suffix == ".npz"  # and nothing half-written beside it
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -197,7 +179,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     raw.write_whole(file, lambda stream: stream.write(b"old"))
     with pytest.raises(OSError, match="disk full"):
         raw.write_whole(file, fail)
-    assert index_file(tmp_path / "cache").read_bytes() == b"old"
+    assert layouts.index_file(tmp_path / "cache").read_bytes() == b"old"
     with file.open("rb") as reader:  # who has the old file open keeps it whole
         raw.write_whole(file, lambda stream: stream.write(b"new"))
         assert reader.read() == b"old"
@@ -208,8 +190,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 
 def test_subsets_are_taken_with_a_warning(roots):
     warnings = open_imagenet(roots["synset folders"]).warnings
-    assert has(warnings, "5 classes; ImageNet-1k has 1000")
-    assert has(warnings, "220 pictures; ImageNet-1k's training split has 1,281,167")
+    assert layouts.has(warnings, "5 classes; ImageNet-1k has 1000")
+    assert layouts.has(warnings, "220 pictures; ImageNet-1k's training split has 1,281,167")
 
 
 def test_a_complete_set_gives_no_warning(tmp_path, monkeypatch):
@@ -225,7 +207,7 @@ def test_an_empty_class_folder_keeps_its_label_and_is_named(tmp_path):
     images = open_imagenet(tmp_path)
     assert images.classes == ("n01000000", *layouts.SYNSETS[:3])
     assert images.labels.tolist() == [label + 1 for label in layouts.class_numbers(FEW)]
-    assert has(images.warnings, "1 class folders hold no picture: n01000000")
+    assert layouts.has(images.warnings, "1 class folders hold no picture: n01000000")
 
 
 def test_an_empty_synset_tar_keeps_its_label_and_is_named(tmp_path):
@@ -233,7 +215,7 @@ def test_an_empty_synset_tar_keeps_its_label_and_is_named(tmp_path):
     (tmp_path / "train" / "n01000000.tar").write_bytes(layouts.tar_bytes([]))
     images = open_imagenet(tmp_path)
     assert images.classes[0] == "n01000000" and images.labels.min() == 1
-    assert has(images.warnings, "1 synset tars hold no picture: n01000000")
+    assert layouts.has(images.warnings, "1 synset tars hold no picture: n01000000")
 
 
 def test_files_of_other_kinds_are_named(tmp_path):
@@ -242,8 +224,10 @@ def test_files_of_other_kinds_are_named(tmp_path):
         (tmp_path / "n01440764" / name).write_bytes(CONTENTS[0])
     images = open_imagenet(tmp_path)
     assert len(images) == len(FEW) + 1
-    assert has(images.warnings, "1 files are not pictures and were left out: n01440764/notes.txt")
-    assert has(images.warnings, "1 pictures are not named .JPEG and were taken too: n01440764/n01440764_99999.png")
+    assert layouts.has(images.warnings, "1 files are not pictures and were left out: n01440764/notes.txt")
+    assert layouts.has(
+        images.warnings, "1 pictures are not named .JPEG and were taken too: n01440764/n01440764_99999.png"
+    )
 
 
 def test_resource_forks_in_tars_are_passed_over(tmp_path):
@@ -252,14 +236,14 @@ def test_resource_forks_in_tars_are_passed_over(tmp_path):
             layouts.add(tar, name, name.encode())
     images = open_imagenet(tmp_path)
     assert layouts.read_all(images) == [b"n01440764_1.JPEG"]
-    assert has(images.warnings, "1 files are not pictures and were left out: n01440764/readme.txt")
+    assert layouts.has(images.warnings, "1 files are not pictures and were left out: n01440764/readme.txt")
 
 
 def test_folders_come_before_archives_and_the_rest_is_named(tmp_path):
     layouts.write_nested_tar(tmp_path, PICTURES)
     layouts.write_tree(tmp_path, FEW)
     images = open_imagenet(tmp_path)
-    assert len(images) == len(FEW) and has(images.warnings, "Also there and not read: a tar of synset tars.")
+    assert len(images) == len(FEW) and layouts.has(images.warnings, "Also there and not read: a tar of synset tars.")
 
 
 @pytest.mark.parametrize("layout, file", [("tar of tars", "ILSVRC2012_img_train.tar"), ("synset tars", "train")])
@@ -364,7 +348,7 @@ def test_foreign_class_numbers_are_replaced_by_the_order_of_synsets(tmp_path):
     layouts.write_parquet(tmp_path, FEW, numbers=foreign)
     images = open_imagenet(tmp_path)
     assert images.labels.tolist() == layouts.class_numbers(FEW)
-    assert has(images.warnings, "number 2 classes otherwise (n01440764 is 2)")
+    assert layouts.has(images.warnings, "number 2 classes otherwise (n01440764 is 2)")
 
 
 def test_a_class_with_two_numbers_is_refused(tmp_path):
@@ -380,7 +364,7 @@ def test_without_synsets_the_numbers_stand(tmp_path, titles, classes):
     assert images.classes == classes
     assert images.labels.tolist() == layouts.class_numbers(FEW)
     assert layouts.read_all(images) == [picture.content for picture in FEW]
-    assert has(images.warnings, "File names without synset")
+    assert layouts.has(images.warnings, "File names without synset")
 
 
 # --- folders of any pictures ----------------------------------------------------------------------------------------
@@ -394,7 +378,9 @@ def test_class_folders_are_labelled_in_the_order_of_their_names(tmp_path):
     assert images.classes == ("cat", "dog", "eel")
     assert layouts.read_all(images) == [b"cat/0.jpg", b"cat/x/1.JPEG", b"dog/10.PNG", b"dog/2.webp"]
     assert images.labels.tolist() == [0, 0, 1, 1]
-    assert has(images.warnings, "hold no picture: eel") and has(images.warnings, "left out: eel/notes.txt")
+    assert layouts.has(images.warnings, "hold no picture: eel") and layouts.has(
+        images.warnings, "left out: eel/notes.txt"
+    )
 
 
 def test_flat_pictures_have_no_classes(tmp_path):
@@ -405,7 +391,7 @@ def test_flat_pictures_have_no_classes(tmp_path):
     assert [images.name(k) for k in range(len(images))] == ["a.jpeg", "b.png"]
     assert layouts.read_all(images) == [b"a.jpeg", b"b.png"]
     assert images.classes == () and images.labels.tolist() == [0, 0]
-    assert has(images.warnings, "1 files are not pictures and were left out: c.txt")
+    assert layouts.has(images.warnings, "1 files are not pictures and were left out: c.txt")
 
 
 def test_folders_that_are_neither_are_refused(tmp_path):

@@ -38,14 +38,6 @@ def index(tmp_path, monkeypatch):
         memo.cache_clear()
 
 
-@pytest.fixture(scope="module")
-def roots(tmp_path_factory):
-    folders = {name: tmp_path_factory.mktemp("set") for name in layouts.LAYOUTS}
-    for name, folder in folders.items():
-        layouts.LAYOUTS[name](folder, PICTURES)
-    return folders
-
-
 @pytest.fixture
 def tree(roots):
     return DataConfig(root=str(roots["synset folders"]), resolution=32, on_error="skip")
