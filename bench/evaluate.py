@@ -18,12 +18,13 @@ from bench import metrics, registry, tables
 from bench.config import RunConfig, load_run
 from bench.console import is_main_process, say
 from bench.errors import UserError
-from bench.prepare import Data, prepare_data
+from bench.prepare import Data, finished_caches, prepare_data
 from bench.samples import SampleFiles, Sampling, describe_sampling
 from bench.scorer import DataReference, Scorer, describe_scorer, prepare_scorer
 from bench.scoring import FeatureBlocks, measured, run_pass
 from bench.store import Result, ResultStore
 from bench.train import Plan, build_module, checkpoint_path, load_weights, plan, read_state
+from datamodules.cache import read_manifest
 from models.base import DiffusionModule
 
 QUANTISATION = "floor(clamp(127.5 x + 128, 0, 255))"  # float images in [-1, 1] to uint8, DiT's rule
@@ -152,8 +153,15 @@ def evaluate(
 
 def scorer_of(config: RunConfig) -> Scorer:
     """The scorer of a run's protocol; where it names no reference, the real images of the run's data are it."""
-    own = DataReference.of_dataset(config.use.data, config.data) if config.eval.reference is None else None
-    return prepare_scorer(config.eval, config.paths, own)
+    return prepare_scorer(config.eval, config.paths, _real_images(config) if config.eval.reference is None else None)
+
+
+def _real_images(config: RunConfig) -> DataReference:
+    """Those of data.root; where that is not given, those that the run's finished cache was made from."""
+    caches = finished_caches(config) if config.data.root is None else []
+    if registry.dataset(config.use.data).raw is None or not caches:
+        return DataReference.of_dataset(config.use.data, config.data)
+    return DataReference.of_cache(config.use.data, config.data, read_manifest(caches[0]))
 
 
 def describe_protocol(config: RunConfig, data: Data, scorer: Scorer) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bench.console import say
-from datamodules.base import LatentDataModule, permutation
+from datamodules.base import LatentDataModule, float32, permutation
 from datamodules.cache import LABELS, MANIFEST, CacheMeta, LatentCache, file_sha256
 from datamodules.crops import crop, decode
 from datamodules.prepare import prepare_cache
@@ -44,33 +44,45 @@ Epoch = Sequence[tuple[Any, ...]]  # batches of (rows (B,), one or more arrays (
 
 
 def gather(count: int = COUNT) -> list[Duel]:
-    """Moments by row out of the cache, without the loader; the last batch of an epoch is compared."""
+    """Moments by row out of the cache, as they are kept and as float32; the last batch of an epoch is compared.
+
+    A cache as small as this one is read whole; larger ones are memory-mapped shard by shard.
+    """
     from bench.perf import Duel
 
     path, moments = _cache(count)
-    cache, batches = LatentCache(path), _batches(count)
+    cache, mapped, batches = LatentCache(path), LatentCache(path, read_whole=0), _batches(count)
     moments.tofile(path / "moments.raw")
     raw = np.memmap(path / "moments.raw", np.float16, "r", shape=moments.shape)
 
-    def ours() -> Tensor:
+    def ours(cache: LatentCache) -> Tensor:
         for rows in batches:
-            mean, logvar = cache.moments(rows)
-        return torch.from_numpy(np.concatenate([mean, logvar], axis=1))
+            moments = cache.moments(rows)
+        return torch.from_numpy(np.concatenate(moments, axis=1))
 
-    def converted() -> Tensor:
+    def ours_converted() -> Tensor:
         for rows in batches:
-            batch = torch.from_numpy(raw[rows]).float()
-        return batch
+            moments = [float32(part) for part in cache.moments(rows)]
+        return torch.from_numpy(np.concatenate(moments, axis=1))
 
     def bare() -> Tensor:
         for rows in batches:
             batch = raw[rows]
         return torch.from_numpy(batch)
 
+    def bare_converted() -> Tensor:
+        for rows in batches:
+            batch = torch.from_numpy(raw[rows]).float()
+        return batch
+
     note = f", {len(batches)} batches of {BATCH}"
     return [
-        Duel("gather", "numpy memmap, made float32", ours, converted, _largest, "largest difference", note),
-        Duel("gather, float16", "numpy memmap, left in float16", ours, bare, _largest, "largest difference", note),
+        Duel(name, peer, one, other, _largest, "largest difference", note)
+        for name, peer, one, other in (
+            ("gather", "numpy memmap of one file", partial(ours, cache), bare),
+            ("gather, mapped", "the same", partial(ours, mapped), bare),
+            ("gather, float32", "the same, made float32", ours_converted, bare_converted),
+        )
     ]
 
 
@@ -122,7 +134,7 @@ def _against(name: str, peer: str, path: Path, loader: Callable[[], Iterable[Any
     batches = _batches(cache.count)
 
     def read() -> Epoch:
-        return [(rows, *cache.moments(rows)) for rows in batches]
+        return [(rows, *(float32(part) for part in cache.moments(rows))) for rows in batches]
 
     def read_theirs() -> Epoch:
         return [(rows, moments.float()) for moments, rows in loader()]

@@ -71,7 +71,10 @@ class DataEnds:
 
 
 def load_data(name: str, overrides: Sequence[str]) -> RunConfig:
-    """The settings under which runs see the data set `name`. Raises: UserError, as `load_run`."""
+    """The settings under which runs see the data set `name`; what is not about data is of no account here.
+
+    Raises: UserError, as `load_run`.
+    """
     registry.dataset(name)  # must exist
     return load_run("digits", [f"use.data={name}", *overrides])
 

@@ -92,6 +92,22 @@ class DataReference:
         return DataReference(name, name, identity, len(images), dataset.rule(settings), read)
 
     @staticmethod
+    def of_cache(name: str, settings: DataConfig, manifest: dict[str, Any]) -> DataReference:
+        """The images that a finished cache was made from, while they are not here: a reference made before will do.
+
+        Reading them raises: UserError, as data.root is missing.
+        """
+        dataset = registry.dataset(name)
+        return DataReference(
+            name,
+            name,
+            dataset.identity_of(settings, manifest["source_sha256"]),
+            manifest["count"],
+            dataset.rule(settings),
+            lambda block: DataReference.of_dataset(name, settings).read(block),
+        )
+
+    @staticmethod
     def of_images(images: ImageSet) -> DataReference:
         rule = f"as in the {'folder' if images.path.is_dir() else 'file'}"
         return DataReference(

@@ -117,7 +117,11 @@ class DataSet:
         if self.raw is None:
             return json.dumps([self.image_rule, settings.resolution, settings.subset])
         images: Any = self.images(settings)[0]
-        return json.dumps([settings.crop or self.crop, self.side(settings), images.fingerprint])
+        return self.identity_of(settings, images.fingerprint)
+
+    def identity_of(self, settings: DataConfig, fingerprint: str) -> str:
+        """`identity` of pictures of the user with that fingerprint, which need not be here."""
+        return json.dumps([settings.crop or self.crop, self.side(settings), fingerprint])
 
 
 def subset_rows(count: int, subset: int | None) -> Tensor:
@@ -165,6 +169,11 @@ def posterior_eps(seed: int, positions: np.ndarray, shape: tuple[int, ...]) -> n
     return eps
 
 
+def float32(moments: np.ndarray) -> np.ndarray:
+    """By torch, which is 7 times faster at it than numpy."""
+    return torch.from_numpy(moments).float().numpy()
+
+
 def mirror_bits(seed: int, positions: np.ndarray) -> np.ndarray:
     """Which samples are seen mirrored (B,) bool: a fair coin of the Philox streams (seed, position)."""
     bits = np.random.Philox(key=(seed, 0), counter=(0, 0, 0, MIRROR))
@@ -202,7 +211,7 @@ class LatentStream(IterableDataset[Batch]):
         if cache.pixels:
             sample = cache.images(rows, mirrored)  # (B,3,H,W)
         else:
-            mean, logvar = cache.moments(rows, mirrored)  # (B,C,H,W) each
+            mean, logvar = (float32(part) for part in cache.moments(rows, mirrored))  # (B,C,H,W) each
             sample = mean + np.exp(0.5 * logvar) * posterior_eps(self.seed, positions, cache.latent_shape)
         latents = (sample - cache.shift) * cache.scale
         return Batch(torch.from_numpy(latents), cache.labels[torch.from_numpy(rows)], torch.from_numpy(positions))

@@ -151,7 +151,7 @@ def load_autoencoder(
     if config.name == "identity":
         return Autoencoder("identity", None, 1, (1.0,) * 3, (0.0,) * 3)
     if config.path is None:
-        raise ValueError(f"Autoencoder {config.name} needs a path: {_expected(config.name)}.")
+        raise ValueError(f"Autoencoder {config.name} needs data.autoencoder_path: {_expected(config.name)}.")
     path = Path(config.path)
     if config.name in SD_NAMES:
         try:

@@ -70,6 +70,10 @@ def settings(world: Path, cache: Path, raw: str = "imagenet", *extra: str, vae: 
     return [word for word in given if word.partition("=")[0] not in replaced] + list(extra)
 
 
+def without_root(words: list[str]) -> list[str]:
+    return [word for word in words if not word.startswith("data.root")]
+
+
 def run_settings(runs: Path, model: str) -> list[str]:
     return [
         f"use.model={model}", *MODELS[model], f"paths.runs={runs}", "tracking=off", "recipe.batch_size=8",
@@ -211,10 +215,21 @@ def test_preparing_says_what_is_there_and_what_is_not(world, tmp_path, capsys):
 
 def test_a_finished_cache_serves_without_the_pictures(world, tmp_path):
     prepare("imagenet256", settings(world, tmp_path))
-    words = [word for word in settings(world, tmp_path) if not word.startswith("data.root")]
-    config = load_data("imagenet256", words)
+    config = load_data("imagenet256", without_root(settings(world, tmp_path)))
     assert LatentCache(prepare_data(config).latents).count == 219
     assert data_ends(config).num_classes == 5
+
+
+def test_a_reference_made_once_serves_without_the_pictures(world, tmp_path):
+    words = ["use.data=imagenet256", *settings(world, tmp_path / "cache"), *run_settings(tmp_path / "runs", "dit")]
+    here, away = (load_run("digits", given) for given in (words, without_root(words)))
+    train(here)
+    with pytest.raises(UserError, match=r"needs data\.root: "):
+        evaluate(away)
+    row = evaluate(here)
+    (tmp_path / "runs" / "results.jsonl").unlink()
+    again = evaluate(away)
+    assert again.scores == row.scores and again.protocol == row.protocol
 
 
 def test_decoders_of_one_encoder_share_a_cache():
@@ -259,7 +274,7 @@ def test_a_damaged_picture_stops_with_nothing_half_written(world, tmp_path):
 
 def test_another_autoencoder_is_noticed(world, tmp_path):
     prepare("imagenet256", settings(world, tmp_path))
-    words = [w for w in settings(world, tmp_path, vae="another-vae") if not w.startswith("data.root")]
+    words = without_root(settings(world, tmp_path, vae="another-vae"))
     with pytest.raises(UserError, match=r"latents were made with another autoencoder: .*data\.autoencoder_path"):
         prepare_data(load_data("imagenet256", words))
     prepare("imagenet256", settings(world, tmp_path, vae="another-vae"))  # with the pictures, a cache of its own
@@ -268,7 +283,7 @@ def test_another_autoencoder_is_noticed(world, tmp_path):
 
 def test_other_settings_without_pictures_are_named(world, tmp_path):
     prepare("imagenet256", settings(world, tmp_path))
-    words = [w for w in settings(world, tmp_path, "imagenet", "data.crop=ldm") if not w.startswith("data.root")]
+    words = without_root(settings(world, tmp_path, "imagenet", "data.crop=ldm"))
     with pytest.raises(UserError, match=r"no latents of these settings, only: .*\(crop adm_imagenet, not ldm\)"):
         prepare_data(load_data("imagenet256", words))
 
@@ -305,10 +320,6 @@ def checked(world, tmp_path_factory):
 def copied(checked: Path, tmp_path: Path) -> tuple[Path, Path]:
     shutil.copytree(checked, tmp_path / "cache")
     return tmp_path / "cache", next(tmp_path.glob("cache/imagenet256/latents-*"))
-
-
-def without_root(words: list[str]) -> list[str]:
-    return [word for word in words if not word.startswith("data.root")]
 
 
 def test_a_sound_cache_passes(world, checked, capsys):
