@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Generic, Self, TypeVar
 from bench import __version__
 from bench.console import say
 from bench.errors import UserError
+from bench.files import room_for
 from bench.registry import ROOT
 
 RECORDED = ("torch", "lightning", "torchmetrics", "numpy")  # packages whose version can change a score
@@ -117,9 +118,12 @@ class RowStore(Generic[R]):
         self.path, self.row = path, row
 
     def append(self, result: R) -> bool:
-        """Add a line, on disk when this returns; False if a row of the same key is there already."""
+        """Add a line, on disk when this returns; False if a row of the same key is there already.
+
+        Raises: UserError if the disk is full; the rows before are kept.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
+        with room_for(self.path), self.path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             self._mend(file)
             file.seek(0)

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from bench import perf, perf_data
 from bench.errors import UserError
-from bench.perf import Duel
+from bench.perf import data as perf_data
+from bench.perf import overhead as perf_overhead
+from bench.perf import perf
+from bench.perf.perf import Duel
 from datamodules.cache import LatentCache
 
 
@@ -22,6 +24,7 @@ def folders(tmp_path, monkeypatch):
     """Whatever is made up lies in the test's own folder, and is small."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(perf_data, "BATCH", 8)
+    monkeypatch.setattr(perf_overhead, "WARM_UP", 1)
 
 
 def results(duel):
@@ -60,6 +63,25 @@ def test_what_cannot_be_measured_is_refused_with_what_can():
         perf.run("evaluater", rounds=1)
     with pytest.raises(UserError, match=r"'frechet_' is not measured in evaluator.*frechet"):
         perf.run("evaluator", rounds=1, only="frechet_")
+
+
+# --- overhead -------------------------------------------------------------------------------------------------------
+
+
+def test_the_bare_loop_trains_as_a_run_does():
+    (duel,) = perf_overhead.loop(images=2, steps=2)
+    ours, theirs = duel.ours(), duel.theirs()
+    assert duel.difference(ours.result, theirs.result) == 0
+    assert perf._timed(lambda: theirs) == theirs  # its own clock, not the microseconds of handing it over
+    untrained = perf_overhead._weights(perf_overhead.build_module(perf_overhead.load_run("digits"), perf_overhead.SPEC))
+    assert (ours.result - untrained).abs().max() > 0
+
+
+def test_checkpointing_is_measured_against_the_same_gradients():
+    (duel,) = perf_overhead.checkpointing(images=1)
+    assert results(duel) == 0
+    kept, else_kept = map(int, re.findall(r"(\d+) MB", duel.note))
+    assert kept < else_kept / 3
 
 
 # --- data -----------------------------------------------------------------------------------------------------------

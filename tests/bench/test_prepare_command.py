@@ -22,7 +22,7 @@ from bench.config import load_run
 from bench.errors import UserError
 from bench.evaluate import evaluate
 from bench.prepare import data_ends, load_data, prepare, prepare_data, request
-from bench.train import train
+from bench.training.train import train
 from datamodules import sources
 from datamodules.cache import LatentCache, read_manifest
 from models.autoencoder import AutoencoderConfig, TinyConfig, load_autoencoder, save_autoencoder, train_autoencoder

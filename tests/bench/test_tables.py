@@ -9,10 +9,11 @@ from dataclasses import replace
 
 import pytest
 
-from bench import tables
 from bench.errors import UserError
-from bench.formats import number
 from bench.store import ResultStore
+from bench.tables import comparison as tables
+from bench.tables.command import print_named
+from bench.tables.formats import number
 
 MARKDOWN = """\
 | model | params (M) | Gflops | of which SSM | images seen | training Gflops | Gflops × images | sample Gflops | fd500[effnet-lite0] ↓ | precision[effnet-lite0] ↑ | untrained fd500[effnet-lite0] ↓ |
@@ -204,13 +205,13 @@ def test_of_comparisons_with_one_name_the_one_scored_last_is_meant(comparison):
 def test_the_command_prints_a_stored_comparison(tmp_path, comparison, capsys):
     for row in comparison:
         ResultStore(tmp_path / "results.jsonl").append(row)
-    tables.print_comparison("digits", "md", tmp_path)
+    print_named("digits", "md", tmp_path)
     assert capsys.readouterr().out == MARKDOWN
 
 
 def test_an_unknown_comparison_is_answered_with_the_nearest_one(tmp_path, make_result):
     ResultStore(tmp_path / "results.jsonl").append(make_result())
-    with pytest.raises(UserError, match=r"no comparison 'digit'. Did you mean digits\?"):
-        tables.print_comparison("digit", "md", tmp_path)
+    with pytest.raises(UserError, match=r"'digit' is neither a paper's table .* Did you mean digits\?"):
+        print_named("digit", "md", tmp_path)
     with pytest.raises(UserError, match="bench compare"):
-        tables.print_comparison("digits", "md", tmp_path / "nothing here")
+        print_named("digits", "md", tmp_path / "nothing here")

@@ -1,8 +1,9 @@
-"""Numbers as text, and a table as Markdown, CSV, LaTeX or terminal text; its HTML is in report_template.html."""
+"""Numbers as text, and a table as terminal text, Markdown, CSV, LaTeX or a page of HTML."""
 
 from __future__ import annotations
 
 import csv
+import html
 import io
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,7 @@ class TableData:
     rows: tuple[tuple[Cell, ...], ...]
     notes: tuple[str, ...]
     records: tuple[dict[str, Any], ...]  # keys are the CSV columns
+    title: str = ""
 
 
 def number(value: float) -> str:
@@ -47,7 +49,8 @@ def terminal(table: TableData) -> str:
     rows = [table.header, *([f"{text} *" if bold else text for text, bold in row] for row in table.rows)]
     text = min(_aligned(rows), _aligned(list(zip(*rows, strict=True))), key=lambda lines: len(lines[0]))
     notes = [textwrap.fill(note.replace("Bold:", "*:"), 100, break_on_hyphens=False) for note in table.notes]
-    return "\n".join([*text, "", *notes])
+    title = [table.title, ""] if table.title else []
+    return "\n".join([*title, *text, "", *notes])
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -64,7 +67,8 @@ def _markdown(table: TableData) -> str:
     lines = [table.header, ("---", *["---:"] * (len(table.header) - 1))]
     lines += [tuple(f"**{text}**" if bold else text for text, bold in row) for row in table.rows]
     rows = [f"| {' | '.join(text.replace('|', '&#124;') for text in line)} |\n" for line in lines]
-    return "".join([*rows, *(f"\n{note}\n" for note in table.notes)])
+    title = [f"**{table.title}**\n\n"] if table.title else []
+    return "".join([*title, *rows, *(f"\n{note}\n" for note in table.notes)])
 
 
 def _csv(table: TableData) -> str:
@@ -75,19 +79,27 @@ def _csv(table: TableData) -> str:
     return out.getvalue()
 
 
-_LATEX_SIGNS = {sign: f"\\{sign}" for sign in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "|": r"\textbar{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "↓": r"$\downarrow$",
-    "↑": r"$\uparrow$",
-    "–": "--",
-}
+# Marks of footnotes; Unicode has no superscript q.
+SUPERSCRIPTS = dict(zip("ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻ⁰¹²³⁴⁵⁶⁷⁸⁹", "abcdefghijklmnoprstuvwxyz0123456789", strict=True))
+
+_LATEX_SIGNS = (
+    {sign: f"\\{sign}" for sign in "&%$#_{}"}
+    | {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "|": r"\textbar{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "±": r"$\pm$",
+        "×": r"$\times$",
+        "↓": r"$\downarrow$",
+        "↑": r"$\uparrow$",
+        "–": "--",
+        "†": r"\dag{}",
+    }
+    | {sign: rf"\textsuperscript{{{plain}}}" for sign, plain in SUPERSCRIPTS.items()}
+)
 
 
 def _latex(table: TableData) -> str:
@@ -109,8 +121,38 @@ def _latex(table: TableData) -> str:
         *body,
         r"\bottomrule",
         r"\end{tabular}",
-        rf"\caption{{{escaped(' '.join(table.notes))}}}",
+        rf"\caption{{{escaped(' '.join([*([f'{table.title}.'] if table.title else []), *table.notes]))}}}",
         r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_STYLE = (
+    "body{font:14px/1.4 sans-serif;margin:2em}table{border-collapse:collapse}"
+    "th,td{padding:.2em .6em;text-align:right;white-space:pre;border-bottom:1px solid #ddd}"
+    "th:first-child,td:first-child{text-align:left}caption{text-align:left;font-weight:bold;padding:.4em .6em}"
+)
+
+
+def _html(table: TableData) -> str:
+    """A page that needs nothing beside itself."""
+
+    def line(tag: str, cells: Iterable[Cell]) -> str:
+        marked = (f"<b>{html.escape(text)}</b>" if bold else html.escape(text) for text, bold in cells)
+        return f"<tr>{''.join(f'<{tag}>{text}</{tag}>' for text in marked)}</tr>"
+
+    title = html.escape(table.title or "Table")
+    lines = [
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
+        f"<style>{_STYLE}</style></head><body>",
+        "<table>",
+        *([f"<caption>{title}</caption>"] if table.title else []),
+        f"<thead>{line('th', map(Cell, table.header))}</thead>",
+        "<tbody>",
+        *(line("td", row) for row in table.rows),
+        "</tbody></table>",
+        *(f"<p>{html.escape(note)}</p>" for note in table.notes),
+        "</body></html>",
     ]
     return "\n".join(lines) + "\n"
 
@@ -120,4 +162,5 @@ FORMATS: dict[str, Callable[[TableData], str]] = {
     "md": _markdown,
     "csv": _csv,
     "latex": _latex,
+    "html": _html,
 }

@@ -13,11 +13,11 @@ from typing import Any
 
 from bench import budget as budgets
 from bench.errors import UserError
-from bench.formats import Cell, TableData, number, render, score_text
-from bench.formats import terminal as terminal  # part of this module's interface, as is render
 from bench.metrics import FEW, METRICS, MetricSpec, column
-from bench.registry import nearest
-from bench.store import Result, ResultStore, SampleSetScore
+from bench.store import Result, SampleSetScore
+from bench.tables.formats import Cell, TableData, number, score_text
+from bench.tables.formats import render as render  # part of this module's interface, as is terminal
+from bench.tables.formats import terminal as terminal
 
 SPENT = {"train_gflops": "train_gflops", "images": "images_seen"}  # what rows can spend alike -> field of a result
 COSTS = {  # CSV column -> title; the fields of a result, and the SSM's share of gflops
@@ -250,14 +250,3 @@ def latest(results: Sequence[Result]) -> list[Result]:
         groups.append({run_id for run_id, row in last.items() if abs(getattr(row, field) - spent) <= near})
     runs = max(groups, key=len)
     return [row for row in alike if row.run_id in runs]
-
-
-def print_comparison(comparison: str, fmt: str, runs: Path) -> None:
-    """Print the table of the comparison scored last under this name. Raises: UserError if there is none."""
-    stored = ResultStore(runs / "results.jsonl").load()
-    results = [row for row in stored if row.comparison == comparison]
-    if not results:
-        known = sorted({row.comparison for row in stored} - {""})
-        hint = nearest(comparison, known) if known else "Make one with: python -m bench compare <name>"
-        raise UserError(f"{runs}/results.jsonl has no comparison '{comparison}'. {hint}")
-    print(render(build(latest(results)), fmt).rstrip())

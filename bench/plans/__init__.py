@@ -1,0 +1,1 @@
+"""What regenerating a paper's table takes."""
