@@ -38,6 +38,24 @@ class Processes:
         return cls()
 
 
+def require_launched(devices: int, nodes: int) -> None:
+    """Raises: ValueError if `devices` x `nodes` processes are asked for, and they are not those that were started.
+
+    On one machine Lightning starts them itself; it cannot do so on others, nor know which of them it is on.
+    """
+    if nodes > 1 and not {"RANK", "SLURM_PROCID"} & set(os.environ):
+        raise ValueError(
+            f"trainer.num_nodes is {nodes}, but nothing has told this process which of them it is on. Start the "
+            "command on every node by torchrun or srun, or as a sweep with --launcher slurm."
+        )
+    started = Processes.here().world_size
+    if started not in (1, devices * nodes):
+        raise ValueError(
+            f"{started} processes were started, but trainer.devices x trainer.num_nodes is {devices} x {nodes}. Give "
+            f"trainer.devices, per node, and trainer.num_nodes that make {started}."
+        )
+
+
 def wait_for(missing: Callable[[], int], folder: Path, task: str, unit: str, *, progress: bool) -> None:
     """Return when `missing()`, the number of things other processes still write in `folder`, is 0.
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.layers import Block
 from models.noise import START, TRAIN, StepNoise, normal, philox
 from models.process import build_process
 from models.recipe import Recipe, SamplerConfig
@@ -60,6 +61,14 @@ class Architecture(NamedTuple):
     sizes: Mapping[str, tuple]
 
 
+class MicroBatch(NamedTuple):
+    """What one forward and backward of training saw, without its graph, for whoever watches the training."""
+
+    positions: Tensor  # (B,) int64, as in the batch
+    t: Tensor  # (B,) timesteps, of the process's own kind
+    losses: dict[str, Tensor]  # (B,) each
+
+
 class DiffusionModule(L.LightningModule):
     """A backbone with its process, trained by the one shared step.
 
@@ -81,13 +90,30 @@ class DiffusionModule(L.LightningModule):
         self.recipe = recipe
         self.seed = seed
         self.process = build_process(recipe.process)
+        self.seen: MicroBatch | None = None  # by the last training_step
+
+    def recompute_activations(self) -> None:
+        """From now on, compute the activations of blocks again for the gradients: a third more time, less memory.
+
+        Raises: ValueError if the backbone has no blocks that could.
+        """
+        blocks = [block for block in self.backbone.modules() if isinstance(block, Block)]
+        if not blocks:
+            raise ValueError(
+                f"{type(self.backbone).__name__} cannot recompute activations, for none of its layers is a "
+                "models.layers.Block. Leave trainer.activation_checkpointing at false."
+            )
+        for block in blocks:
+            block.recompute = True
 
     # --- training -----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        losses = self.process.losses(*self.training_inputs(batch))  # each (B,)
-        for name, value in losses.items():
-            self.log(f"train/{name}", value.detach().mean(), prog_bar=name == "loss")
+        denoiser, latents, t, eps = self.training_inputs(batch)
+        losses = self.process.losses(denoiser, latents, t, eps)  # each (B,)
+        self.seen = MicroBatch(batch.positions, t, {name: value.detach() for name, value in losses.items()})
+        if self.trainer.loggers:  # those of somebody's own Trainer: three logged values take up to 2 ms of a step
+            self.log_dict({f"train/{name}": value.mean() for name, value in self.seen.losses.items()})
         return losses["loss"].mean()
 
     def training_inputs(self, batch: Any) -> tuple[Any, Tensor, Tensor, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from models.base import Architecture, BackboneSpec, DiffusionModule
 from models.dit import FinalLayer
 from models.layers import (
+    Block,
     LabelEmbedder,
     TimestepEmbedder,
     initialize_embedders,
@@ -169,7 +170,7 @@ def build_mixer(config: DiffuSSMConfig, out_width: int) -> nn.Module:
     )
 
 
-class DiffuSSMBlock(nn.Module):
+class DiffuSSMBlock(Block):
     """Hourglass, SSM and gate (DiffuSSM sec. 4), with sigma the activation, l = jM + k and k = 0..M-1:
 
     U_l = sigma(Wup_k sigma(W0 I_j)), Y = BiSSM(U), I'_j = concat_k sigma(Wdown_k Y_l),

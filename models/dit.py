@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.base import Architecture, BackboneSpec, DiffusionModule
 from models.layers import (
+    Block,
     LabelEmbedder,
     TimestepEmbedder,
     initialize_embedders,
@@ -70,7 +71,7 @@ class DiTConfig:
         return cast(tuple[int, int, int, int], (self.depth, self.width, self.heads, self.patch_size))
 
 
-class DiTBlock(nn.Module):
+class DiTBlock(Block):
     """Attention and MLP, each shifted, scaled and gated by the conditioning vector (adaLN-Zero, DiT sec. 3.2)."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:

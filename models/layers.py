@@ -1,4 +1,4 @@
-"""Pieces that more than one backbone uses: timestep and label embedding, sin-cos positions, patches.
+"""Pieces that more than one backbone uses: blocks, timestep and label embedding, sin-cos positions, patches.
 
 Shapes: B batch, C latent channels, H W latent size, P patch, L = HW/P^2 tokens, D width.
 """
@@ -7,11 +7,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 FREQUENCIES = 256  # width of the sinusoid before the timestep MLP (DiT, ADM)
+
+
+class Block(nn.Module):
+    """What a backbone repeats. With `recompute`, its activations are computed again for the gradients, not kept."""
+
+    recompute = False
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if self.recompute and torch.is_grad_enabled():
+            # A block draws no random numbers, so no generator's state has to be brought back.
+            return checkpoint(super().__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return super().__call__(*inputs)
 
 
 def timestep_features(t: Tensor, width: int) -> Tensor:

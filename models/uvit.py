@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from models.base import Architecture, BackboneSpec, DiffusionModule
-from models.layers import timestep_features, unpatchify
+from models.layers import Block, timestep_features, unpatchify
 from models.recipe import OptimizerConfig, ProcessConfig, Recipe, SamplerConfig
 
 # size -> (depth, width, heads, patch_size, conv); U-ViT's released configs. T/2 is ours, for 28 x 28 digits.
@@ -65,7 +65,7 @@ class UViTConfig:
         return cast(tuple[int, int, int, int], (self.depth, self.width, self.heads, self.patch_size))
 
 
-class UViTBlock(nn.Module):
+class UViTBlock(Block):
     """A pre-norm transformer block; an out-block first merges the stream with the skip it is given.
 
     The released code casts q, k, v to float32 before attention. Here they keep their type: without autocast that is

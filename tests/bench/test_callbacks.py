@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.callbacks import EMA, CheckpointAt
+from bench.training.callbacks import EMA, CheckpointAt
 
 
 class Line(L.LightningModule):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import resource
 import subprocess
 from dataclasses import replace
 
@@ -42,25 +43,50 @@ def test_the_same_checkpoint_under_the_same_protocol_is_stored_once(path, make_r
     assert len(path.read_text().splitlines()) == 3
 
 
+def long_name(worker: int, step: int) -> str:
+    return f"{worker:02}-{step}/" * 10_000
+
+
 def append_many(path, worker: int, make_row, start) -> None:
     """Rows of its own, and rows that every worker has; each pair of them at the same moment as the other workers."""
-    for step in range(15):
+    for step in range(5):
         start.wait(timeout=60)
         ResultStore(path).append(make_row(run_id="shared", steps=step, checkpoint=f"step-{step}"))
-        ResultStore(path).append(make_row(run_id=f"run-{worker}", steps=step, checkpoint=f"step-{step}"))
+        # Far longer than what a pipe or a buffer takes at once.
+        ResultStore(path).append(make_row(run_id=f"run-{worker}", steps=step, checkpoint=long_name(worker, step)))
 
 
-def test_appends_of_several_processes_lose_nothing_and_repeat_nothing(path, make_result):
+def test_appends_of_twenty_processes_lose_nothing_and_repeat_nothing(path, make_result):
     fork = multiprocessing.get_context("fork")
-    start = fork.Barrier(4)
-    workers = [fork.Process(target=append_many, args=(path, k, make_result, start)) for k in range(4)]
+    start = fork.Barrier(20)
+    workers = [fork.Process(target=append_many, args=(path, k, make_result, start)) for k in range(20)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert [worker.exitcode for worker in workers] == [0] * 4
-    expected = [(name, step) for name in ("shared", *(f"run-{k}" for k in range(4))) for step in range(15)]
-    assert sorted((row.run_id, row.steps) for row in ResultStore(path).load()) == sorted(expected)
+    assert [worker.exitcode for worker in workers] == [0] * 20
+    rows = ResultStore(path).load()
+    expected = [(name, step) for name in ("shared", *(f"run-{k}" for k in range(20))) for step in range(5)]
+    assert sorted((row.run_id, row.steps) for row in rows) == sorted(expected)
+    for row in rows:
+        if row.run_id != "shared":
+            assert row.checkpoint == long_name(int(row.run_id[4:]), row.steps)
+
+
+def test_a_full_disk_keeps_the_rows_and_says_so(path, make_result):
+    """A true limit on the size of a file: the row is cut off in its middle."""
+    ResultStore(path).append(make_result())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"results\.jsonl could not be written \(\[Errno 27\] File too large"):
+            ResultStore(path).append(make_result(run_id="second"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes().count(b"\n") == 1 and not path.read_bytes().endswith(b"\n")
+    assert ResultStore(path).load() == [make_result()]
+    assert ResultStore(path).append(make_result(run_id="second"))
+    assert [row.run_id for row in ResultStore(path).load()] == [make_result().run_id, "second"]
 
 
 def test_half_a_line_left_by_a_crash_is_set_aside_and_said(path, make_result, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,15 @@ import yaml
 
 from bench.config import load_reference, load_run
 from bench.errors import UserError
-from bench.files import atomic_write
-from bench.jobs import JobRecord
-from bench.launch import launch
 from bench.registry import CONFIGS
-from bench.scorer import write_reference
+from bench.scoring.scorer import write_reference
 from bench.store import ResultStore
-from bench.sweep import Sweep, expand, load_sweep, one_run
-from bench.sweep_print import commands, describe, wandb_config
-from bench.sweep_status import adopt, states, table
+from bench.sweeps.jobs import JobRecord
+from bench.sweeps.launch import launch
+from bench.sweeps.printed import commands, describe, wandb_config
+from bench.sweeps.status import adopt, states, table
+from bench.sweeps.sweep import Sweep, expand, load_sweep, one_run
+from bench.training.run_record import RunRecord
 from models.dit import SIZES
 
 BASE = {
@@ -168,7 +169,7 @@ def test_a_sweep_is_stored_and_expanded_again_only_if_something_changed(write, m
     path = write(sweep={"grid": {"seed": [0, 1]}})
     first = load_sweep(str(path))
     with monkeypatch.context() as patched:
-        patched.setattr("bench.sweep.expand", lambda *_: pytest.fail("expanded again"))
+        patched.setattr("bench.sweeps.sweep.expand", lambda *_: pytest.fail("expanded again"))
         assert load_sweep(str(path)) == first
     assert load_sweep(str(path), ["budget.steps=5"]).directory != first.directory
     path.write_text(path.read_text().replace("- 1\n", "- 2\n"))
@@ -232,9 +233,8 @@ def test_states_follow_run_json_metrics_and_results(write, make_result):
     sweep = load_sweep(str(write(sweep={"grid": {"seed": [0, 1, 2, 3]}})))
     new, running, scored, failed = sweep.trainings()
     root = Path(sweep.root)
-    for run_id, state in ((running, "running"), (scored, "finished")):
-        with atomic_write(root / run_id / "run.json") as file:
-            json.dump({"state": state}, file)
+    RunRecord(root / running).write("running", host="elsewhere")
+    RunRecord(root / scored).write("finished")
     log = {"train/step": 2, "images_seen": 16, "train/images_per_s": 4.0}
     (root / running / "metrics.jsonl").write_text(json.dumps(log) + '\n{"train/st')
     JobRecord(sweep.directory, failed).write(state="failed", launcher="local", job="1", error="no such file")
@@ -250,6 +250,11 @@ def test_states_follow_run_json_metrics_and_results(write, make_result):
     ]
     assert (found[running].steps, found[running].seconds_left) == (2, 4.0)  # 16 images left at 4 a second
     assert found[failed].error == "no such file" and "no such file" in table(sweep)
+    by_hand = RunRecord(root / running)
+    with by_hand.training(steps=4):
+        assert (states(sweep)[running].state, states(sweep)[running].alive) == ("running", True)
+        by_hand.write("running", host=socket.gethostname())
+    assert states(sweep)[running].state == "preempted"  # killed: it says running, but nobody holds its lock
     adopt(sweep)
     adopt(sweep)
     assert [row.comparison for row in ResultStore(root / "results.jsonl").load()] == ["other", "small"]

@@ -101,6 +101,39 @@ def test_a_sample_depends_on_seed_index_and_label_alone(name, sampler):
     assert not torch.allclose(alone, module.sample(range(6), torch.arange(6) % 5, **options | {"seed": 8}), atol=1e-2)
 
 
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_recomputed_activations_give_the_same_bits_and_keep_less(name):
+    """Bytes that autograd keeps, counted by its hooks; parameters are kept anyway."""
+    results = []
+    for recompute in (False, True):
+        module, kept = build(name).train(), {}
+        if recompute:
+            module.recompute_activations()
+
+        def pack(tensor, kept=kept):
+            if not isinstance(tensor, torch.nn.Parameter):
+                kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            losses = module.process.losses(*module.training_inputs(batch([3, 4, 5, 6])))["loss"]
+        losses.mean().backward()
+        gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        results.append((losses, gradients, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())))
+    (losses, gradients, kept), (again, recomputed, less) = results
+    assert torch.equal(losses, again)
+    assert gradients.keys() == recomputed.keys()
+    assert all(torch.equal(gradient, recomputed[name]) for name, gradient in gradients.items())
+    assert less < 0.6 * kept  # of two blocks; the more blocks, the less is kept
+
+
+def test_recomputing_needs_blocks():
+    module = build("dit")
+    module.backbone = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="Linear cannot recompute activations"):
+        module.recompute_activations()
+
+
 def test_ssm_parameters_have_their_own_rate_and_no_decay():
     recipe = Recipe(optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.03, ssm_lr=1e-4))
     groups = build("diffussm", recipe).param_groups()

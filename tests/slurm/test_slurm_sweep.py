@@ -1,4 +1,4 @@
-"""A sweep on a real SLURM: one run preempted and resumed, one that fails, one cancelled, one left alone."""
+"""A sweep on a real SLURM: one run preempted and resumed, one that fails, one short of time, one that just ends."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bench.launch import cancel, launch
 from bench.registry import ROOT
 from bench.store import ResultStore
-from bench.sweep import Sweep, load_sweep
-from bench.sweep_status import RunState, states
+from bench.sweeps.jobs import JobRecord
+from bench.sweeps.launch import cancel, launch
+from bench.sweeps.status import RunState, states
+from bench.sweeps.sweep import Sweep, load_sweep
 
 STEPS = 400  # of the run that is preempted: some seconds
 SWEEP = """\
@@ -70,21 +71,38 @@ def test_a_sweep_is_preempted_fails_and_is_cancelled(slurm, tmp_path, monkeypatc
     def state(run_id: str) -> RunState:
         return states(sweep)[run_id]
 
+    def job(run_id: str) -> str:
+        return JobRecord(sweep.directory, run_id).read()["job"]
+
+    def said(job: str, stream: str) -> str:
+        """By the first process of a job, over all its starts."""
+        return (sweep.directory / "logs" / f"{job}_0_log.{stream}").read_text()
+
     launch(sweep, "slurm", at_once=1)  # of each array: one of two tasks, one of one
     wait_until(lambda: state(failing).state == "failed" and state(alone).state == "finished", sweep)
     assert "missing.npz" in state(failing).error
-    wait_until(lambda: state(long).steps > 0, sweep)
-    assert cancel(sweep, only=[long]) == 1
-    wait_until(lambda: not state(long).alive, sweep)
-    assert state(long).state == "cancelled"
-
     wait_until(lambda: (directory / preempted / "checkpoints" / "last.ckpt").exists(), sweep)
     assert 0 < state(preempted).steps < STEPS, "it ended before it could be preempted"
     subprocess.run(["sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"], check=True)
     wait_until(lambda: state(preempted).state in ("preempted", "queued"), sweep)
     wait_until(lambda: state(preempted).state == "finished", sweep)
-    said = "".join(path.read_text() for path in (sweep.directory / "logs").glob("*_1_0_log.out"))
-    assert "resuming from" in said
+    assert "SIGTERM: finishing this step" in said(job(preempted), "err")
+    assert "resuming from" in said(job(preempted), "out")
+
+    # The high job has preempted this one as well.
+    wait_until(lambda: state(long).state == "running" and state(long).images_per_s is not None, sweep)
+    begin = state(long).steps
+    wait_until(lambda: state(long).steps > begin, sweep)
+    subprocess.run(["scancel", "--signal=USR2", job(long)], check=True)  # what SLURM sends before a job's time is up
+    wait_until(lambda: "SIGUSR2: finishing this step" in said(job(long), "err"), sweep)
+    wait_until(lambda: state(long).state in ("preempted", "queued"), sweep)
+    reached = torch.load(directory / long / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert reached == state(long).steps
+    wait_until(lambda: state(long).state == "running" and state(long).steps > reached, sweep)
+    assert "resuming from" in said(job(long), "out")
+    assert cancel(sweep, only=[long]) == 1
+    wait_until(lambda: not state(long).alive, sweep)
+    assert state(long).state == "cancelled"
 
     (row,) = ResultStore(directory / "results.jsonl").load(run_id=preempted)
     assert (row.comparison, row.world_size, row.steps) == ("four", 2, STEPS)

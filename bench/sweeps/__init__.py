@@ -1,0 +1,1 @@
+"""Many runs of one file: expansion, launching, jobs and their status."""

@@ -1,0 +1,62 @@
+"""Ending a training between two steps because a signal asked for it or the time is up, on all processes alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from bench import signals
+from bench.errors import SharedError
+from bench.training.guard import StepGuard
+
+
+class OwnSignals(L.Callback):
+    """Keeps the signals with `bench.signals`: Lightning's own answer to SIGTERM waits for all processes inside the
+    handler, in the middle of a step, and hangs where not all of them got it.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        signals.take_back()
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        signals.take_back()
+
+
+class StopAtStep(OwnSignals):
+    """Saves `checkpoint` after the step in which any process got a signal or the time was up, and ends the training.
+
+    The guard knows of both from the one exchange between processes that a step has.
+    """
+
+    def __init__(self, checkpoint: Path, guard: StepGuard) -> None:
+        self.checkpoint, self.guard = checkpoint, guard
+        self.stopped = False
+        self._step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._step = trainer.global_step
+        if trainer.world_size > 1:  # each process has looked for the newest checkpoint by itself
+            step = torch.tensor(self._step, device=trainer.strategy.root_device)
+            steps = trainer.strategy.all_gather(step).flatten().tolist()
+            if len(set(steps)) > 1:
+                raise SharedError(
+                    f"The processes found different checkpoints (steps {', '.join(map(str, steps))}), as files changed "
+                    "meanwhile. Run the same command again."
+                )
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self._step:  # a micro-batch on the way to a step
+            return
+        self._step = trainer.global_step
+        if self._step == trainer.max_steps:
+            return
+        if self.guard.signum:
+            signals.heed(self.guard.signum)
+            self.stopped = True
+        if self.guard.signum or self.guard.late:
+            trainer.save_checkpoint(self.checkpoint)
+            trainer.should_stop = True

@@ -1,0 +1,77 @@
+"""The machine side of a run: Lightning's Trainer, and how the backbone is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from bench.config import RunConfig, TrainerConfig
+from bench.console import quiet_lightning
+from bench.errors import UserError
+from bench.training.callbacks import CheckpointAt
+from bench.training.checkpoints import CheckpointFiles
+from bench.training.compiling import compile_backbone
+from models.base import DiffusionModule
+
+if TYPE_CHECKING:
+    from bench.training.train import Plan  # which imports this module
+
+
+def prepare_backbone(module: DiffusionModule, machine: TrainerConfig) -> None:
+    """Activation checkpointing and compilation, where asked for. Raises: UserError if they cannot be had here."""
+    if machine.activation_checkpointing:
+        try:
+            module.recompute_activations()
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    if machine.compile:
+        gpu = machine.accelerator != "cpu" and torch.cuda.is_available()
+        compile_backbone(module, "cuda" if gpu else "cpu")
+
+
+def build_trainer(
+    config: RunConfig, run: Plan, directory: Path, first: list[L.Callback], last: Sequence[L.Callback] = ()
+) -> L.Trainer:
+    """Lightning's Trainer for one run: DDP where there are several processes, checkpoints at the scored steps.
+
+    Callbacks `first`, EMA at their head, see a step before its checkpoint is saved, those of `last` after that. A
+    StepGuard among them clips gradients.
+    """
+    quiet_lightning()
+    machine, checkpoints = config.trainer, directory / "checkpoints"
+    return L.Trainer(
+        accelerator=machine.accelerator,
+        devices=machine.devices,
+        num_nodes=machine.num_nodes,
+        strategy="ddp" if machine.devices * machine.num_nodes > 1 else "auto",
+        precision=machine.precision,  # type: ignore[arg-type]
+        max_steps=run.budget.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=machine.accumulate,
+        use_distributed_sampler=False,  # the data module shares positions out itself, without padding
+        callbacks=[
+            *first,
+            CheckpointAt(checkpoints, run.checkpoint_steps),
+            *last,
+            ModelCheckpoint(
+                checkpoints,
+                filename="last",
+                save_top_k=1,
+                train_time_interval=timedelta(minutes=machine.checkpoint_minutes),
+                enable_version_counter=False,
+            ),
+        ],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=True,
+        num_sanity_val_steps=0,
+        default_root_dir=directory,
+        plugins=[CheckpointFiles()],
+    )
