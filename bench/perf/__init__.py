@@ -1,0 +1,1 @@
+"""Speed beside well-known peers, as ratios of one run."""
