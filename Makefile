@@ -3,17 +3,20 @@ PYTHON ?= python3.11
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help compare test lint format clean
+.PHONY: help compare test test-slurm lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 compare: .venv/installed  ## the embedded comparison; settings as ARGS="budget.train_gflops=4000"
 	$(BIN)/python -m bench compare digits $(ARGS)
 
 test: .venv/installed  ## the tests; pytest options as ARGS="-k flops"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+test-slurm: .venv/installed  ## the tests on a SLURM of their own (apt-get install slurm-wlm munge)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm -rs tests/slurm $(ARGS)
 
 lint: .venv/installed  ## formatting, linter, types
 	$(BIN)/ruff format --check .

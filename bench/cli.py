@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import sys
 import textwrap
+import time
 from pathlib import Path
 
-from bench.errors import UserError
+from bench import signals
+from bench.console import is_main_process, say
+from bench.errors import Paused, SharedError, UserError
 
-FORMATS = ("terminal", "md", "csv", "latex")
+FORMATS = ("terminal", "md", "csv", "latex", "html")
 OVERRIDES = "key=value settings over the config, such as model.size=S/2 budget.train_gflops=2e4"
 
 
 def main() -> None:
-    """Run one command; a bad input is one sentence on stderr and exit code 2, Ctrl-C is exit code 130."""
+    """Run one command; a bad input is one sentence on stderr and exit code 2, a signal is 128 + its number."""
     # Overrides may stand anywhere; argparse would refuse positional arguments behind an option.
     overrides = [word for word in sys.argv[1:] if re.match(r"[a-z][\w.]*=", word)]
     args = _parser().parse_args([word for word in sys.argv[1:] if word not in overrides])
@@ -24,13 +28,21 @@ def main() -> None:
     try:
         args.run(args)
     except UserError as error:
+        if isinstance(error, SharedError) and not is_main_process():
+            sys.exit()  # Lightning would kill the first process for another code of this one, before it has ended
         print(f"isodiff {args.command}: {error}", file=sys.stderr)
         sys.exit(2)
+    except Paused as pause:
+        say(f"{pause} The same command goes on from there.")
     except BrokenPipeError:  # the reader, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ImportError) as error:
+        if isinstance(error, ImportError) and not signals.asked():  # else a signal broke an import off
+            raise
+        if not is_main_process():
+            sys.exit()  # as above
         print(f"\nInterrupted. The same command goes on where it was: {' '.join(['python -m bench', *sys.argv[1:]])}")
-        sys.exit(130)
+        sys.exit(signals.exit_code())
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -41,18 +53,22 @@ def compare(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(describe(comparison))
     else:
-        compare(comparison)
+        compare(comparison, shlex.join(["python", "-m", "bench", "compare", args.name, *args.overrides]))
 
 
 def train(args: argparse.Namespace) -> None:
     from bench.config import load_run
-    from bench.train import describe, train
+    from bench.training.checkpoints import require_unchanged
+    from bench.training.train import describe, train
 
+    if Path(args.name).name == "config.yaml":
+        require_unchanged(Path(args.name).parent, load_run(args.name))
+    stop_at = None if args.max_time is None else time.monotonic() + _seconds(args.max_time)
     config = load_run(args.name, args.overrides)
     if args.dry_run:
         print(describe(config))
     else:
-        train(config)
+        train(config, stop_at=stop_at)
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -75,9 +91,33 @@ def data(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
+    if (args.classes is None) != (args.out is None) or (args.count is not None and args.classes is None):
+        raise UserError("--classes and --out go together, and --count with them: a grid of chosen classes.")
     from bench.evaluate import load_trained, sample
 
-    sample(load_trained(args.run_directory, args.overrides), step=args.step)
+    scale = [] if args.cfg_scale is None else [f"eval.cfg_scale={args.cfg_scale}"]
+    config = load_trained(args.run_directory, [*args.overrides, *scale])
+    if args.classes is None:
+        sample(config, step=args.step)
+    else:
+        from bench.scoring import looking
+
+        count = looking.COUNT if args.count is None else args.count
+        looking.look(config, looking.parse_classes(args.classes), count, Path(args.out), args.step)
+
+
+def import_(args: argparse.Namespace) -> None:
+    from bench.exchange.imported import Claim, import_run
+
+    claim = Claim(args.model, args.size, args.resolution, args.data, args.steps)
+    import_run(Path(args.path), claim, args.overrides)
+
+
+def export(args: argparse.Namespace) -> None:
+    from bench.evaluate import load_trained
+    from bench.exchange.export import export_run
+
+    export_run(load_trained(args.run_directory, args.overrides), Path(args.out), args.format, args.step)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -86,7 +126,7 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError("Give run directories, or --samples with images that are finished; one of the two.")
     if args.samples:
         from bench.config import load_scoring
-        from bench.sample_sets import score_sets
+        from bench.scoring.sample_sets import score_sets
 
         score_sets([Path(path) for path in args.samples], load_scoring(overrides), args.format)
     else:
@@ -98,15 +138,44 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def reference(args: argparse.Namespace) -> None:
     from bench.config import load_reference
-    from bench.scorer import write_reference
+    from bench.scoring.scorer import write_reference
 
     write_reference(args.images, Path(args.out), load_reference(args.overrides))
 
 
 def table(args: argparse.Namespace) -> None:
-    from bench.tables import print_comparison
+    from bench.tables.command import print_named
 
-    print_comparison(args.comparison, args.format, Path(args.runs))
+    print_named(args.name, args.format, Path(args.runs), low_confidence=args.low_confidence, wandb=args.wandb)
+
+
+def plan(args: argparse.Namespace) -> None:
+    from bench.plans.command import count, launch_plan, print_plan
+
+    if args.count:
+        count(args.name)
+    elif args.launch:
+        launch_plan(args.name, args.launch, args.gpus, args.gpu, args.overrides)
+    else:
+        print_plan(args.name, args.gpus, args.gpu, args.mfu, args.overrides)
+
+
+def figure(args: argparse.Namespace) -> None:
+    from bench.reports.figures import draw
+    from bench.reports.plotting import require_format, save
+    from bench.reports.selection import select
+
+    out = Path(args.out)
+    require_format(out)
+    selection = select(args.names, Path(args.runs))
+    save(draw(args.kind, selection, column=args.score, every=args.every_checkpoint), out)
+    print(out)
+
+
+def report(args: argparse.Namespace) -> None:
+    from bench.reports.report import write_stored
+
+    write_stored(args.names, Path(args.out), Path(args.runs))
 
 
 def flops(args: argparse.Namespace) -> None:
@@ -119,11 +188,11 @@ def flops(args: argparse.Namespace) -> None:
 
 
 def sweep(args: argparse.Namespace) -> None:
-    from bench import sweep_status
-    from bench.jobs import run_and_score
-    from bench.launch import cancel, launch
-    from bench.sweep import load_sweep, one_run
-    from bench.sweep_print import describe, wandb_config
+    from bench.sweeps import status as sweep_status
+    from bench.sweeps.jobs import run_and_score
+    from bench.sweeps.launch import cancel, launch
+    from bench.sweeps.printed import describe, wandb_config
+    from bench.sweeps.sweep import load_sweep, one_run
 
     if args.action == "status":
         print(sweep_status.table(sweep_status.find(args.name, args.runs)))
@@ -144,7 +213,7 @@ def sweep(args: argparse.Namespace) -> None:
 
 
 def perf(args: argparse.Namespace) -> None:
-    from bench.perf import run
+    from bench.perf.perf import run
 
     run(args.area, args.rounds, args.only)
 
@@ -159,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(run, help: str, examples: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
-            run.__name__,
+            run.__name__.rstrip("_"),  # import is a word of Python's
             help=help,
             description=help,
             epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  "),
@@ -221,9 +290,11 @@ def _parser() -> argparse.ArgumentParser:
         python -m bench train digits use.model=uvit model.size=T/2    another architecture
         python -m bench train digits use.recipe=paper budget.steps=1000 --dry-run
         python -m bench train digits trainer.devices=2                two processes
+        python -m bench train digits --max-time 00:30:00              half an hour now; the same command goes on
         """,
     )
     sub.add_argument("name", help="a file of configs/run/, or a path such as runs/<run_id>/config.yaml")
+    sub.add_argument("--max-time", metavar="HH:MM:SS", help="stop with a checkpoint after it; or DD:HH:MM:SS")
     _overrides(sub)
     _dry_run(sub)
 
@@ -233,9 +304,51 @@ def _parser() -> argparse.ArgumentParser:
         """
         python -m bench sample runs/dit-t-2-digits-1a2b3c4d
         python -m bench sample runs/dit-t-2-digits-1a2b3c4d eval.num_samples=100 eval.cfg_scale=2
+        python -m bench sample runs/dit-xl-2-imagenet256-1a2b3c4d --classes 207,360 --cfg-scale 4 --out grid.png
         """,
     )
     sub.add_argument("run_directory", help="runs/<run_id>")
+    sub.add_argument("--classes", metavar="N,N", help="instead, only a grid of these classes, one row each")
+    sub.add_argument("--count", type=int, metavar="N", help="images of each class in that grid (default: 4)")
+    sub.add_argument("--out", metavar="PNG", help="the file of that grid")
+    sub.add_argument("--cfg-scale", type=float, metavar="S", help="short for eval.cfg_scale=S; 1 is unguided")
+    _overrides(sub)
+    _step(sub)
+
+    sub = command(
+        import_,
+        "Make a run of weights trained elsewhere: released files of DiT and U-ViT, checkpoints of their trainers and "
+        "of fast-DiT, DiT folders of diffusers, exports of IsoDiff. Names, shapes and positions are checked; code in "
+        "a file is never run. `sample` and `evaluate` take the run like any other.",
+        """
+        python -m bench import DiT-XL-2-256x256.pt --model dit --size XL/2
+        python -m bench import DiT-XL-2-512x512.pt --model dit --size XL/2 --resolution 512
+        python -m bench import imagenet256_uvit_huge.pth --model uvit --size H/2 data.autoencoder_path=vae/
+        python -m bench import results/000-DiT-S-2/checkpoints/0400000.pt --model dit --size S/2 recipe.batch_size=256
+        python -m bench import 50000.ckpt/ --model uvit --size L/2                 U-ViT's trainer: nnet_ema.pth
+        python -m bench import DiT-XL-2-256/ --model dit --size XL/2               diffusers' folder
+        python -m bench import my-export/ paths.runs=elsewhere                     of `export`
+        """,
+    )
+    sub.add_argument("path", help="file or folder of the weights")
+    sub.add_argument("--model", metavar="NAME", help="architecture, models/<name>.py")
+    sub.add_argument("--size", help="size of it, such as XL/2")
+    sub.add_argument("--resolution", type=int, metavar="PIXELS", help="image side (default: 256)")
+    sub.add_argument("--data", metavar="NAME", help="data set they were trained on (default: imagenet<resolution>)")
+    sub.add_argument("--steps", type=int, help="optimizer steps they were trained for (default: as published)")
+    _overrides(sub)
+
+    sub = command(
+        export,
+        "Write the EMA weights of a run for others: safetensors and config, or the folder of diffusers' DiTPipeline.",
+        """
+        python -m bench export runs/uvit-t-2-digits-1a2b3c4d --out uvit-t-2/
+        python -m bench export runs/dit-xl-2-imagenet256-1a2b3c4d --format diffusers --out dit/
+        """,
+    )
+    sub.add_argument("run_directory", help="runs/<run_id>")
+    sub.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write; it must not be there yet")
+    sub.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")
     _overrides(sub)
     _step(sub)
 
@@ -305,15 +418,69 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(
         table,
-        "Print the table of a comparison from the stored results.",
+        "Print the table of a comparison from the stored results, or a paper's table with stored results beside it.",
         """
         python -m bench table digits
         python -m bench table digits --format latex > table.tex
+        python -m bench table diffussm-table1                         configs/table/diffussm-table1.yaml
+        python -m bench table diffussm-table1 --low-confidence        with values not confirmed against the print
+        python -m bench table dit-table4 --wandb offline              as a table of Weights & Biases, too
         """,
     )
-    sub.add_argument("comparison", help="name of the comparison, as in results.jsonl")
+    sub.add_argument("name", help="a file of configs/table/, or the name of a comparison as in results.jsonl")
     sub.add_argument("--format", choices=FORMATS, default="terminal")
     sub.add_argument("--runs", default="runs", help="directory with results.jsonl (default: runs)")
+    sub.add_argument("--low-confidence", action="store_true", help="show values that nothing confirms, marked ?")
+    sub.add_argument("--wandb", choices=("off", "offline", "online"), default="off", help="log it there, too")
+
+    sub = command(
+        plan,
+        "What the rows of ours in a paper's table take: commands, Gflops, hours, disk, memory. Nothing is run without "
+        "--launch.",
+        """
+        python -m bench plan diffussm-table1                          on 8 A100 at an MFU of 40 %
+        python -m bench plan dit-table4 --gpus 4 --gpu h100 --mfu 0.35
+        python -m bench plan dit-table4 data.autoencoder_path=/models/sd-vae-ft-mse seed=1
+        python -m bench plan ablation-parts --launch slurm sweep.slurm.partition=gpu
+        """,
+    )
+    sub.add_argument("name", help="a file of configs/table/")
+    sub.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of each run (default: 8)")
+    sub.add_argument("--gpu", default="a100", metavar="KIND", help="kind of GPU (default: a100)")
+    sub.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak that is used (default: 0.4)")
+    sub.add_argument("--launch", choices=("local", "slurm", "print"), help="start the runs as a sweep, or print it")
+    sub.add_argument("--count", action="store_true", help="count and keep Gflops and memory of new runs")
+    _overrides(sub)
+
+    sub = command(
+        figure,
+        "Draw stored results as PNG, PDF or SVG, by the suffix of --out; the same results give the same bytes.",
+        """
+        python -m bench figure digits --out score.pdf                 score against training Gflops, 95 % intervals
+        python -m bench figure digits --score 'precision[effnet-lite0]' --out precision.png
+        python -m bench figure runs/dit-* runs/uvit-* --out runs.png  runs that were never compared
+        python -m bench figure digits --kind loss --out loss.pdf      training loss against training Gflops
+        python -m bench figure digits --kind grids --out grids.png    samples at equal compute, side by side
+        python -m bench figure digits --kind grids --every-checkpoint --out grids.png
+        python -m bench figure digits --kind gflops --out cost.pdf    one forward by kind of operation
+        """,
+    )
+    _stored(sub)
+    sub.add_argument("--kind", choices=("score", "loss", "grids", "gflops"), default="score")
+    sub.add_argument("--score", metavar="COLUMN", help="which score (default: the protocol's first)")
+    sub.add_argument("--every-checkpoint", action="store_true", help="grids of all scored checkpoints, not of the last")
+    sub.add_argument("--out", required=True, metavar="FILE", help="what to write: .png, .pdf or .svg")
+
+    sub = command(
+        report,
+        "Make the report page of a comparison, or of any runs scored alike, from what is stored.",
+        """
+        python -m bench report digits --out report.html
+        python -m bench report runs/dit-* runs/uvit-* --out report.html
+        """,
+    )
+    _stored(sub)
+    sub.add_argument("--out", required=True, metavar="HTML", help="the file to write")
 
     sub = command(
         flops,
@@ -331,7 +498,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--resolution", type=int, nargs="+", help="image side in pixels, behind an autoencoder of factor 8"
     )
-    sub.add_argument("--figure", metavar="PNG", help="draw Gflops against resolution instead of printing a table")
+    sub.add_argument(
+        "--figure", metavar="FILE", help="draw Gflops against resolution (.png, .pdf, .svg) instead of printing a table"
+    )
 
     sub = command(
         perf,
@@ -340,12 +509,27 @@ def _parser() -> argparse.ArgumentParser:
         python -m bench perf evaluator                                five minutes on 2 cores
         python -m bench perf evaluator --only frechet --rounds 5
         python -m bench perf data                                     latents, crops, and the loader beside the encoder
+        python -m bench perf overhead                                 the training loop beside a bare one
         """,
     )
-    sub.add_argument("area", help="what to measure: evaluator or data")
+    sub.add_argument("area", help="what to measure: evaluator, data or overhead")
     sub.add_argument("--only", metavar="NAME", help="one line of the table, such as frechet or crops")
     sub.add_argument("--rounds", type=int, default=3, help="rounds after one to warm up (default: 3)")
     return parser
+
+
+def _seconds(text: str) -> int:
+    """Seconds of HH:MM:SS or DD:HH:MM:SS. Raises: UserError for anything else."""
+    found = re.fullmatch(r"(?:(\d+):)?(\d+):([0-5]\d):([0-5]\d)", text)
+    if found is None:
+        raise UserError(f"--max-time {text} is no time. Write HH:MM:SS or DD:HH:MM:SS, such as 00:30:00.")
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((24 * days + hours) * 60 + minutes) * 60 + seconds
+
+
+def _stored(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("names", nargs="+", metavar="NAME", help="a comparison, or run ids or runs/<run_id>, any number")
+    sub.add_argument("--runs", default="runs", help="directory with results.jsonl (default: runs)")
 
 
 def _overrides(sub: argparse.ArgumentParser) -> None:

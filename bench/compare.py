@@ -12,27 +12,30 @@ from pathlib import Path
 import pandas as pd
 
 from bench import budget as budgets
-from bench import report, tables
 from bench.config import WANDB_PROJECT, Comparison, sources
 from bench.console import is_main_process, say
 from bench.errors import UserError
 from bench.evaluate import evaluate, score_line, scorer_of
-from bench.figures import score_against_compute
 from bench.files import atomic_write
-from bench.prepare import prepare_data
-from bench.samples import Sampling
+from bench.prepare import prepare_data, require_processes
+from bench.reports import report
+from bench.reports.figures import grid_of, score_against_compute
+from bench.reports.plotting import save
+from bench.scoring.samples import Sampling
 from bench.store import Result
+from bench.tables import comparison as tables
 from bench.tracking import Tracker
-from bench.train import Plan, budget_line, device_name, estimate_seconds, plan, train
+from bench.training.train import Plan, budget_line, device_name, estimate_seconds, plan, train
 
 
-def compare(comparison: Comparison) -> Path:
-    """Run a comparison to its end -> the path of report.html.
+def compare(comparison: Comparison, command: str = "") -> Path:
+    """Run a comparison to its end -> the path of report.html, which shows `command` as the way to repeat it.
 
     Raises: UserError, before anything is trained, if the rows differ by more than 2 % in training Gflops.
     """
     plans = equal_plans(comparison)
     runs, directory = comparison.runs, comparison.directory
+    require_processes(runs[0].trainer)
     data = prepare_data(runs[0])
     scorer = scorer_of(runs[0])
     tracker = Tracker(runs[0].tracking, WANDB_PROJECT, directory)
@@ -46,7 +49,7 @@ def compare(comparison: Comparison) -> Path:
             say(f"  step {step:>6}: {score_line(result)}")
     path = directory / "report.html"
     if is_main_process():
-        write_outputs(comparison, results, directory, tracker)
+        write_outputs(comparison, results, directory, tracker, command)
         say()
         say(tables.terminal(tables.build(results)))
         say(f"\nreport: {path}")
@@ -70,7 +73,9 @@ def equal_plans(comparison: Comparison) -> list[Plan]:
     return plans
 
 
-def write_outputs(comparison: Comparison, results: list[Result], directory: Path, tracker: Tracker) -> None:
+def write_outputs(
+    comparison: Comparison, results: list[Result], directory: Path, tracker: Tracker, command: str
+) -> None:
     """Table (Markdown, CSV, LaTeX), figures, report and W&B mirror of a finished comparison."""
     tables.equalised(results, comparison.equal)
     table = tables.build(results)
@@ -79,22 +84,14 @@ def write_outputs(comparison: Comparison, results: list[Result], directory: Path
             file.write(tables.render(table, fmt))
     column = next(iter(results[0].scores))  # the protocol's first metric
     figure = directory / "score-against-compute.png"
-    score_against_compute(results, column, figure)
+    save(score_against_compute(results, column), figure)
     runs_root, names = Path(comparison.runs[0].paths.runs), tables.labels(results)
-    grids = {names[row.run_id]: (runs_root / row.samples).with_name("grid.png") for row in tables.finals(results)}
-    configs = {config.run_id: config.to_yaml() for config in comparison.runs}
+    grids = {names[row.run_id]: grid_of(row, runs_root) for row in tables.finals(results)}
     report.write_report(
-        directory / "report.html",
-        title=f"{comparison.name}: {', '.join(grids)} at equal compute",
-        results=results,
-        table=table,
-        figures={f"{column} against training Gflops, one curve an architecture": figure},
-        grids=grids,
-        configs=configs,
-        notes=NOTES,
+        directory / "report.html", name=comparison.name, results=results, runs=runs_root, command=command
     )
     with tracker.run(
-        directory.name, group=comparison.name, config={"runs": sorted(configs)}, job_type="compare"
+        directory.name, group=comparison.name, config={"runs": sorted(names)}, job_type="compare"
     ) as mirror:
         for row in results:
             scores = {f"{names[row.run_id]}/{name}": value for name, value in row.scores.items()}
@@ -103,14 +100,6 @@ def write_outputs(comparison: Comparison, results: list[Result], directory: Path
         mirror.log_image("score against compute", figure)
         for title, grid in grids.items():
             mirror.log_image(f"samples/{title}", grid)
-
-
-NOTES = [
-    "Scores with another extractor, reference, sample count or sampler are not comparable with these.",
-    "Scores whose column names an extractor are not FID: only the Inception network of 2015-12-05 gives FID.",
-    "Gflops count a multiply-add once. Training is three forwards an image; papers that total images x forward print "
-    "a third.",
-]
 
 
 def describe(comparison: Comparison) -> str:

@@ -82,12 +82,23 @@ class TrainerConfig:
     accumulate: int = 1  # micro-batches per optimizer step; batch_size stays global
     checkpoint_minutes: float = 1.0  # what a crash loses at most
     log_every: int = 20  # optimizer steps between lines of metrics.jsonl
+    compile: bool = False  # compile the backbone: same numbers within rounding; a minute or more at the start
+    activation_checkpointing: bool = False  # compute activations of blocks twice instead of keeping them: same bits
+    stop_above_grad_norm: float | None = None  # stop at a larger gradient norm; null: only at one that is not finite
+    grid_every: int = 0  # optimizer steps between sample grids of the EMA weights; 0 = none
+    score_every: int = 0  # optimizer steps between quick scores of the EMA weights; 0 = none
+    score_samples: int = 500  # of a quick score; the rest of its protocol is the run's
 
     def __post_init__(self) -> None:
         require(self.accelerator, ("auto", "cpu", "gpu"), "trainer.accelerator")
         require(self.precision, ("32-true", "bf16-mixed"), "trainer.precision")
-        for key in ("devices", "num_nodes", "accumulate", "checkpoint_minutes", "log_every"):
+        for key in ("devices", "num_nodes", "accumulate", "checkpoint_minutes", "log_every", "score_samples"):
             require_positive(getattr(self, key), f"trainer.{key}")
+        for key in ("grid_every", "score_every"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"trainer.{key} is {getattr(self, key)}; it must be at least 1, or 0 for none.")
+        if self.stop_above_grad_norm is not None:
+            require_positive(self.stop_above_grad_norm, "trainer.stop_above_grad_norm")
 
 
 @dataclass(frozen=True)
@@ -117,14 +128,18 @@ class RunConfig:
         require(self.tracking, ("off", "offline", "online"), "tracking")
 
     @property
-    def run_id(self) -> str:
-        """Readable name and a hash of everything that changes the trained weights."""
+    def trained(self) -> dict[str, Any]:
+        """All that changes the trained weights, as JSON has it."""
         trained = {
             key: value for key, value in asdict(self).items() if key in ("model", "data", "recipe", "budget", "seed")
         }
         trained["data"] = {key: value for key, value in trained["data"].items() if key not in MACHINE_FIELDS}
-        trained |= {"architecture": self.use.model, "precision": self.trainer.precision}
-        digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()[:8]
+        return _plain(trained | {"architecture": self.use.model, "precision": self.trainer.precision})
+
+    @property
+    def run_id(self) -> str:
+        """Readable name and a hash of everything that changes the trained weights."""
+        digest = hashlib.sha256(json.dumps(self.trained, sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.use.model}-{self.model.size.replace('/', '-')}-{self.use.data}-{digest}".lower()
 
     @property

@@ -14,44 +14,57 @@ import torch
 from torch import Tensor
 
 from bench import budget as budgets
-from bench import metrics, registry, tables
+from bench import metrics, registry
 from bench.config import RunConfig, load_run
 from bench.console import is_main_process, say
 from bench.errors import UserError
 from bench.prepare import Data, finished_caches, prepare_data
-from bench.samples import SampleFiles, Sampling, describe_sampling
-from bench.scorer import DataReference, Scorer, describe_scorer, prepare_scorer
-from bench.scoring import FeatureBlocks, measured, run_pass
+from bench.scoring.passes import FeatureBlocks, measured, run_pass
+from bench.scoring.samples import SampleFiles, Sampling, describe_sampling
+from bench.scoring.scorer import DataReference, Scorer, describe_scorer, prepare_scorer
 from bench.store import Result, ResultStore
-from bench.train import Plan, build_module, checkpoint_path, load_weights, plan, read_state
+from bench.tables import comparison as tables
+from bench.training.checkpoints import checkpoint_path, load_weights, require_unchanged
+from bench.training.train import Plan, build_module, plan, read_state
 from datamodules.cache import read_manifest
+from models.autoencoder import TINY, Autoencoder, AutoencoderConfig, load_autoencoder
 from models.base import DiffusionModule
 
 QUANTISATION = "floor(clamp(127.5 x + 128, 0, 255))"  # float images in [-1, 1] to uint8, DiT's rule
 
 
+def draw(
+    module: DiffusionModule,
+    autoencoder: Autoencoder,
+    sampling: Sampling,
+    indices: Sequence[int],
+    labels: Tensor | None,
+) -> Tensor:
+    """The samples `indices` in one batch -> images (B,3,H,W) uint8."""
+    latents = module.sample(
+        indices,
+        labels,
+        sampler=sampling.sampler,
+        cfg_scale=sampling.cfg_scale,
+        cfg_channels=sampling.cfg_channels,
+        seed=sampling.seed,
+    )
+    return autoencoder.decode(latents)
+
+
 class SampledImages(torch.nn.Module):
     """The samples of a run, as a `Source` for scoring: what is on disk, or drawn now and kept."""
 
-    def __init__(self, module: DiffusionModule, data: Data, files: SampleFiles) -> None:
+    def __init__(self, module: DiffusionModule, autoencoder: Autoencoder, files: SampleFiles) -> None:
         super().__init__()
-        self.module, self.autoencoder, self.files = module, data.autoencoder, files
+        self.module, self.autoencoder, self.files = module, autoencoder, files
         self.num_samples, self.blocks = files.sampling.num_samples, files.sampling.blocks()
 
     def images(self, block: range) -> Tensor:
         stored = self.files.read(block)
         if stored is not None:
             return stored
-        s = self.files.sampling
-        latents = self.module.sample(
-            block,
-            self.labels(block),
-            sampler=s.sampler,
-            cfg_scale=s.cfg_scale,
-            cfg_channels=s.cfg_channels,
-            seed=s.seed,
-        )
-        images = self.autoencoder.decode(latents)
+        images = draw(self.module, self.autoencoder, self.files.sampling, block, self.labels(block))
         self.files.write(block, images)
         return images
 
@@ -71,6 +84,7 @@ def load_trained(directory: str | Path, overrides: Sequence[str] = ()) -> RunCon
     if not path.is_file():
         raise UserError(f"{directory} is not a run directory (it has no config.yaml). Runs lie in runs/<run_id>.")
     trained, config = load_run(str(path)), load_run(str(path), overrides)
+    require_unchanged(path.parent, trained)
     if config.run_id != trained.run_id:
         raise UserError(
             f"{directory}: {' '.join(overrides)} changes what is trained. Only eval.* may differ; train it first."
@@ -81,7 +95,7 @@ def load_trained(directory: str | Path, overrides: Sequence[str] = ()) -> RunCon
 def sample(config: RunConfig, step: int | None = None) -> SampleFiles:
     """Draw the samples of the protocol from the checkpoint at `step` (None: the last) -> their files."""
     run = plan(config)
-    files = _run(config, run, run.budget.steps if step is None else step, prepare_data(config), scorer=None)[1]
+    files = _run(config, run, run.budget.steps if step is None else step, load_decoder(config), scorer=None)[1]
     say(f"{config.eval.num_samples} samples: {files.path}, {files.grid}")
     return files
 
@@ -104,11 +118,11 @@ def evaluate(
 
     Raises: UserError if the run has no such checkpoint.
     """
-    data = data or prepare_data(config)
+    autoencoder = load_decoder(config) if data is None else data.autoencoder
     scorer = scorer or scorer_of(config)
     run, state = plan(config), read_state(config.directory)
     step = run.budget.steps if step is None else step
-    protocol = describe_protocol(config, data, scorer)
+    protocol = describe_protocol(config, autoencoder, scorer)
     store = ResultStore(Path(config.paths.runs) / "results.jsonl")
     for result in store.load(run_id=config.run_id, steps=step):
         if result.protocol == protocol:  # scored before, perhaps for another comparison
@@ -116,7 +130,7 @@ def evaluate(
             if is_main_process():
                 store.append(result)
             return result
-    world_size, files, kept, scores = _run(config, run, step, data, scorer)
+    world_size, files, kept, scores = _run(config, run, step, autoencoder, scorer)
     sampling = files.sampling
     guided = sampling.cfg_scale != 1 and run.spec.num_classes > 0
     images_seen = step * config.recipe.batch_size
@@ -151,6 +165,44 @@ def evaluate(
     return result
 
 
+def trained_checkpoint(config: RunConfig, step: int) -> Path:
+    """The checkpoint at `step`. Raises: UserError if the run has none."""
+    checkpoint = checkpoint_path(config.directory, step)
+    if not checkpoint.exists():
+        there = sorted(path.name for path in checkpoint.parent.glob("step-*.ckpt"))
+        raise UserError(
+            f"{config.directory} has no checkpoint of step {step}; it has {', '.join(there) or 'none'}. "
+            f"Train it with: python -m bench train {config.directory}/config.yaml"
+        )
+    return checkpoint
+
+
+def trained_module(config: RunConfig, run: Plan, step: int) -> DiffusionModule:
+    """The module with the EMA weights at `step`; 0: the untrained weights.
+
+    Raises: UserError if there are none, or they were trained with other settings.
+    """
+    checkpoint = trained_checkpoint(config, step) if step else None
+    module = build_module(config, run.spec)
+    if checkpoint is not None:
+        load_weights(module, checkpoint, config)
+    return module
+
+
+def load_decoder(config: RunConfig) -> Autoencoder:
+    """The autoencoder of a run's samples; a run of imported weights needs neither images nor latents for it.
+
+    Raises: UserError if it, or what it would be made from, is missing.
+    """
+    name, path = config.data.autoencoder, config.data.autoencoder_path
+    if "imported" not in read_state(config.directory) or (name == TINY and path is None):
+        return prepare_data(config).autoencoder
+    try:
+        return load_autoencoder(AutoencoderConfig(name, path))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def scorer_of(config: RunConfig) -> Scorer:
     """The scorer of a run's protocol; where it names no reference, the real images of the run's data are it."""
     return prepare_scorer(config.eval, config.paths, _real_images(config) if config.eval.reference is None else None)
@@ -164,12 +216,12 @@ def _real_images(config: RunConfig) -> DataReference:
     return DataReference.of_cache(config.use.data, config.data, read_manifest(caches[0]))
 
 
-def describe_protocol(config: RunConfig, data: Data, scorer: Scorer) -> dict[str, Any]:
+def describe_protocol(config: RunConfig, autoencoder: Autoencoder, scorer: Scorer) -> dict[str, Any]:
     """Everything that changes a score and is not the trained weights, flat, as stored with each row."""
     return {
         **describe_sampling(config),
-        "decoder": data.autoencoder.name,
-        "decoder_sha256": data.autoencoder.sha256[:16],
+        "decoder": autoencoder.name,
+        "decoder_sha256": autoencoder.sha256[:16],
         "quantisation": QUANTISATION,
         **describe_scorer(scorer),
     }
@@ -181,21 +233,12 @@ def score_line(result: Result) -> str:
 
 
 def _run(
-    config: RunConfig, run: Plan, step: int, data: Data, scorer: Scorer | None
+    config: RunConfig, run: Plan, step: int, autoencoder: Autoencoder, scorer: Scorer | None
 ) -> tuple[int, SampleFiles, FeatureBlocks, dict[str, metrics.Score]]:
     """One pass over the samples -> (world size, sample files, features kept meanwhile, scores by column)."""
-    module = build_module(config, run.spec)
-    if step:
-        checkpoint = checkpoint_path(config.directory, step)
-        if not checkpoint.exists():
-            there = sorted(path.name for path in checkpoint.parent.glob("step-*.ckpt"))
-            raise UserError(
-                f"{config.directory} has no checkpoint of step {step}; it has {', '.join(there) or 'none'}. "
-                f"Train it with: python -m bench train {config.directory}/config.yaml"
-            )
-        load_weights(module, checkpoint)
+    module = trained_module(config, run, step)
     sampling = Sampling.of(config)
     files = SampleFiles(sampling.directory(config.directory, step), sampling)
     kept = FeatureBlocks(files.directory, scorer)
-    world_size, scores = run_pass(SampledImages(module, data, files), scorer, config.trainer, kept)
+    world_size, scores = run_pass(SampledImages(module, autoencoder, files), scorer, config.trainer, kept)
     return world_size, files, kept, scores

@@ -8,7 +8,6 @@ parameters alone, and a forward of one image pays for all of it; in a batch, or 
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,12 @@ from bench import registry
 from bench.config import model_config, parse_overrides
 from bench.errors import UserError
 from bench.opcounter import count_ops
+from bench.tables.published import PrintedGflops, printed_gflops
 from models.base import BackboneSpec
 
 LATENT_FACTOR = 8  # image side / latent side of the Stable Diffusion autoencoder
 RESOLUTIONS = (128, 256, 512, 1024)  # image sides of the figure
+PUBLISHED_RESOLUTIONS = (256, 512)  # image sides of the papers' latents
 # Lines of the figure: label, architecture, its settings (DiffuSSM, Fig. 3: patches against the hourglass).
 SERIES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     *((f"DiT-XL, patch {patch}", "dit", {"size": "XL/2", "patch_size": patch}) for patch in (1, 2, 4)),
@@ -84,10 +85,16 @@ def published_spec(name: str, config: Any, resolution: int) -> BackboneSpec:
     return BackboneSpec(latent_size=resolution // LATENT_FACTOR, learn_sigma=learn_sigma)
 
 
-def published() -> dict[tuple[str, str, int], dict[str, str]]:
-    """(architecture name, size, resolution) -> its row of configs/published_gflops.csv."""
-    with (registry.CONFIGS / "published_gflops.csv").open(newline="") as file:
-        return {(row["model"], row["size"], int(row["resolution"])): row for row in csv.DictReader(file)}
+def published() -> dict[tuple[str, str, int], PrintedGflops]:
+    """(architecture name, size, resolution) -> what configs/published.csv has for a forward of it."""
+    found = {}
+    for name in registry.names("models"):
+        architecture = registry.architecture(name)
+        for size in architecture.sizes:
+            for resolution in PUBLISHED_RESOLUTIONS:
+                if printed := printed_gflops(f"{architecture.title}-{size}", resolution):
+                    found[name, size, resolution] = printed
+    return found
 
 
 def rows(models: Sequence[str] = (), resolutions: Sequence[int] = (), overrides: Sequence[str] = ()) -> list[CostRow]:
@@ -111,7 +118,7 @@ def rows(models: Sequence[str] = (), resolutions: Sequence[int] = (), overrides:
             for resolution in resolutions or known or [256]:
                 report = count(name, config, published_spec(name, config, resolution))
                 row = printed[name, size, resolution] if resolution in known else None
-                gflops, note = (float(row["gflops"]), row["note"]) if row else (None, "")
+                gflops, note = (row.gflops, row.note) if row else (None, "")
                 result.append(CostRow(f"{architecture.title}-{size}", resolution, report, gflops, note))
     return result
 
@@ -150,8 +157,10 @@ def print_table(models: Sequence[str], resolutions: Sequence[int] | None, overri
 
 
 def write_figure(path: Path) -> None:
-    """The command `flops --figure`: Gflops against resolution as a PNG."""
-    from bench.figures import gflops_against_resolution  # matplotlib loads here
+    """The command `flops --figure`: Gflops against resolution as PNG, PDF or SVG, by the suffix of `path`."""
+    from bench.reports.figures import gflops_against_resolution  # matplotlib loads here
+    from bench.reports.plotting import require_format, save
 
-    gflops_against_resolution(resolution_series(), path)
+    require_format(path)
+    save(gflops_against_resolution(resolution_series()), path)
     print(path)

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 from bench import registry
-from bench.config import RunConfig, load_run
+from bench.config import RunConfig, TrainerConfig, load_run
 from bench.console import is_main_process, say
 from bench.errors import UserError
 from bench.files import short_digest
 from datamodules.base import DataSet, LatentDataModule
 from datamodules.cache import MANIFEST, PIXELS, CacheMeta, read_manifest
 from datamodules.prepare import ImageSource, prepare_cache
-from datamodules.processes import Processes, wait_for
+from datamodules.processes import Processes, require_launched, wait_for
 from datamodules.sources import skipped_of
 from models.autoencoder import (
     CARD,
@@ -86,6 +86,7 @@ def prepare(name: str, overrides: Sequence[str]) -> None:
         import lightning as L
 
         machine = config.trainer
+        require_processes(machine)
         accelerator = "cpu" if machine.accelerator == "auto" and not torch.cuda.is_available() else machine.accelerator
         L.Fabric(accelerator=accelerator, strategy="ddp", devices=machine.devices, num_nodes=machine.num_nodes).launch()
     data = prepare_data(config)
@@ -94,6 +95,14 @@ def prepare(name: str, overrides: Sequence[str]) -> None:
     say(f"{data.latents}: {manifest['count']:,} images in {len(manifest['shards'])} shards, {size:.2f} GB")
     for sentence in manifest["skipped"]:
         say(f"  left out: {sentence}")
+
+
+def require_processes(machine: TrainerConfig) -> None:
+    """Raises: UserError if the processes that `machine` asks for are not those that were started."""
+    try:
+        require_launched(machine.devices, machine.num_nodes)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def prepare_data(config: RunConfig) -> Data:

@@ -19,6 +19,8 @@ from bench.console import is_main_process, say
 if TYPE_CHECKING:
     import pandas as pd
 
+START_S = 30  # for which W&B's server may not answer
+FINISH_S = 300  # for the upload at the end
 HOSTS = {"api.wandb.ai", "api.forge.coreweave.com"}  # W&B's own servers, as `wandb login` writes them to netrc
 
 
@@ -70,9 +72,11 @@ class Tracker:
         self.directory.mkdir(parents=True, exist_ok=True)
         if not os.access(self.directory, os.W_OK):  # W&B would go to a temporary directory
             raise PermissionError(f"{self.directory} is not writable")
+        # The agent of a W&B sweep has named the run already, and waits for the scores there.
+        agent = job_type == "train" and "WANDB_SWEEP_ID" in os.environ
         run = wandb.init(
             project=self.project,
-            id=run_id,
+            id=os.environ.get("WANDB_RUN_ID", run_id) if agent else run_id,
             name=run_id,
             group=group or None,
             job_type=job_type,
@@ -85,8 +89,8 @@ class Tracker:
                 console="off",  # progress bars stay as they are
                 disable_git=True,  # the remote's address may hold a token
                 disable_code=True,
-                init_timeout=30,  # seconds, as is the next
-                finish_timeout=300,  # W&B waits for ever by default; what is not uploaded stays on disk
+                init_timeout=START_S,
+                finish_timeout=FINISH_S,  # W&B waits for ever by default; what is not uploaded stays on disk
             ),
         )
         # Steps are fields: W&B's own step starts at 0 again when an offline run goes on.
@@ -113,11 +117,14 @@ class Mirror:
 
         self._tracker.attempt(log)
 
-    def log_image(self, name: str, path: Path) -> None:
+    def log_image(self, name: str, path: Path, step: int | None = None) -> None:
+        """`step`: of training, where an image is one of a series."""
+
         def log() -> None:
             import wandb
 
-            self._run.log({name: wandb.Image(str(path))})
+            axis = {} if step is None else {"train/step": step}
+            self._run.log({name: wandb.Image(str(path)), **axis})
 
         self._tracker.attempt(log)
 

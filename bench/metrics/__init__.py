@@ -14,7 +14,7 @@ from bench.registry import nearest
 
 if TYPE_CHECKING:
     from bench.metrics.base import SampleMetric
-    from bench.reference import Reference
+    from bench.scoring.reference import Reference
 
 
 class Score(NamedTuple):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from bench.store import Result
+from bench.store import Result, ResultStore
 
 PROTOCOL = {
     "name": "digits500",
@@ -113,3 +116,41 @@ def comparison(make_result) -> list[Result]:
             precision=(0.7302, 0.02),
         ),
     ]
+
+
+CONFIG = """\
+eval: {num_samples: 500, batch_size: 100, seed: 0, labels: balanced, cfg_scale: 1.0, cfg_channels: null, sampler: null,
+  extractor: effnet-lite0, precision: float32}
+seed: 0
+recipe:
+  batch_size: 96
+  cfg_channels: all
+  optimizer: {lr: LR, betas: [0.9, 0.99]}
+  sampler: {name: ddim, steps: 25}
+budget: {train_gflops: 576}
+"""
+
+
+@pytest.fixture
+def runs(tmp_path, comparison) -> Path:
+    """A directory of finished runs: the rows of `comparison` in results.jsonl, each run's configuration and log, a
+    grid of one grey for each checkpoint. Of DiffuSSM's last checkpoint the grid is gone."""
+    root = tmp_path / "runs"
+    grey = 0
+    for row in comparison:
+        row = replace(row, samples=f"{row.run_id}/samples/step-{row.steps:08d}-1234abcd/samples.npz")
+        ResultStore(root / "results.jsonl").append(row)
+        grid = root / Path(row.samples).with_name("grid.png")
+        grid.parent.mkdir(parents=True)
+        if row.steps != 80:
+            Image.new("RGB", (40, 32), (grey := grey + 40,) * 3).save(grid)
+        if row.weights == "untrained":
+            directory = root / row.run_id
+            (directory / "config.yaml").write_text(CONFIG.replace("LR", "0.001" if row.model == "dit" else "0.002"))
+            (directory / "run.json").write_text(json.dumps({"latents": "dd44"}))
+            with (directory / "metrics.jsonl").open("w") as log:
+                for step in range(10, 101, 10):
+                    spent = {"images_seen": 96 * step, "train_gflops": 3 * row.gflops * 96 * step}
+                    losses = {"train/loss": 1 / step, "train/mse": 0.5 / step, "train/lr": 0.001}
+                    log.write(json.dumps({"train/step": step, **spent, **losses}) + "\n")
+    return root

@@ -8,7 +8,7 @@ import pytest
 
 from bench import cli
 
-COMMANDS = ("compare", "train", "sample", "evaluate", "table", "flops")
+COMMANDS = ("compare", "train", "sample", "import", "export", "evaluate", "table", "plan", "figure", "report", "flops")
 
 
 def run(monkeypatch, *words: str) -> int:
@@ -33,6 +33,10 @@ def test_help_has_examples(monkeypatch, capsys, command):
         (["compare", "digts"], "Did you mean digits?"),
         (["train", "digits", "model.sise=S/2"], "Did you mean size?"),
         (["train", "digits", "--dry-run", "model.size=B/3"], "'B/3' is not a DiT size"),
+        (["train", "digits", "--max-time", "5:00"], "Write HH:MM:SS or DD:HH:MM:SS"),
+        (["train", "digits", "--max-time", "00:61:00"], "Write HH:MM:SS or DD:HH:MM:SS"),
+        (["train", "digits", "trainer.grid_every=-1"], "trainer.grid_every is -1; it must be at least 1, or 0"),
+        (["train", "digits", "trainer.stop_above_grad_norm=0"], "trainer.stop_above_grad_norm is 0.0"),
         (["sample", "runs/none"], "not a run directory"),
         (["evaluate", "runs/none"], "not a run directory"),
         (["flops", "dit/B/3"], "'B/3' is not a DiT size"),
@@ -44,6 +48,11 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(monkeypatch, capsys, words, e
     assert run(monkeypatch, *words) == 2
     error = capsys.readouterr().err
     assert expected in error and error.startswith(f"isodiff {words[0]}: ") and "Traceback" not in error
+
+
+@pytest.mark.parametrize("text, seconds", [("00:30:00", 1800), ("100:00:05", 360_005), ("02:03:04:05", 183_845)])
+def test_times_are_hours_minutes_seconds_behind_days(text, seconds):
+    assert cli._seconds(text) == seconds
 
 
 def test_an_unknown_flag_is_refused(monkeypatch, capsys):

@@ -17,12 +17,12 @@ from metric_recipe import RESIZES, golden_arrays, golden_json, images
 from PIL import Image
 from torch import Tensor, nn
 
-from bench import features, weights
 from bench.errors import UserError
-from bench.features import DinoV2, build_extractor, resize_tf1
 from bench.metrics.frechet import MomentSums
 from bench.metrics.inception_score import InceptionScore
-from bench.weights import PublishedFile, read_weights, resample_positions
+from bench.scoring import features, weights
+from bench.scoring.features import DinoV2, build_extractor, resize_tf1
+from bench.scoring.weights import PublishedFile, read_weights, resample_positions
 
 
 def nchw(array: np.ndarray) -> Tensor:
@@ -264,13 +264,12 @@ def test_compiled_features_equal_the_uncompiled_ones(small, capsys):
     assert "uncompiled" not in capsys.readouterr().out
 
 
-def test_without_a_compiler_the_network_goes_on_uncompiled(small, capsys, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+def test_without_a_compiler_the_network_goes_on_uncompiled(small, capsys):
     pixels = nchw(images(16, 9, 9, 3, 0))
     compiled = small(compiled=True)
-    for _ in range(2):
-        torch.testing.assert_close(compiled(pixels), small()(pixels), rtol=0, atol=0)
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        for _ in range(2):
+            torch.testing.assert_close(compiled(pixels), small()(pixels), rtol=0, atol=0)
     said = [line for line in capsys.readouterr().out.splitlines() if "small goes on uncompiled" in line]
     assert len(said) == 1
     assert "compiler" in said[0]

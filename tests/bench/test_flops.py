@@ -140,8 +140,8 @@ def test_mistakes_are_sentences(models, resolutions, overrides, words):
 def test_published_values_name_their_source_and_their_models_exist():
     for (name, size, _), row in published().items():
         assert size in registry.architecture(name).sizes
-        assert row["source"]
-        assert row["confidence"] in ("high", "medium", "low")
+        assert row.source
+        assert row.confidence in ("high", "medium")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from metric_recipe import images
 from PIL import Image
 
 from bench.errors import UserError
-from bench.images import NpzImages, open_images, write_npz
+from bench.scoring.images import NpzImages, open_images, write_npz
 
 PIXELS = images(30, 7, 5, 4, 1)  # (30, 7, 5, 3) uint8
 

@@ -320,7 +320,7 @@ def test_every_metric_has_an_example(name):
 
 
 def test_spatial_logits_and_pool_reach_the_metric_that_wants_them():
-    from bench.reference import Reference
+    from bench.scoring.reference import Reference
 
     pool, spatial = torch.from_numpy(activations(60, 8, 3, 1)), torch.from_numpy(activations(60, 6, 3, 2))
     reference = Reference(

@@ -13,11 +13,12 @@ import torch
 from metric_recipe import images
 from torch import Tensor
 
-from bench import metrics, reference
+from bench import metrics
 from bench.errors import UserError
-from bench.images import open_images
 from bench.metrics.precision_recall import squared_radii
-from bench.reference import Reference, build_reference, kept_images
+from bench.scoring import reference
+from bench.scoring.images import open_images
+from bench.scoring.reference import Reference, build_reference, kept_images
 
 PIXELS = torch.from_numpy(images(95, 8, 6, 3, 1)).permute(0, 3, 1, 2)  # (95, 3, 8, 6) uint8
 LABELS = torch.arange(95) % 4

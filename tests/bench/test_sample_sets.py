@@ -17,13 +17,13 @@ from metric_recipe import images
 from PIL import Image
 from scipy import linalg
 
-from bench import scoring
 from bench.cli import main
 from bench.config import load_scoring
 from bench.errors import UserError
-from bench.features import build_extractor
 from bench.registry import ROOT
-from bench.sample_sets import score_sets
+from bench.scoring import passes as scoring
+from bench.scoring.features import build_extractor
+from bench.scoring.sample_sets import score_sets
 
 REAL = images(40, 24, 24, 5, 1)
 DRAWN = np.clip(images(33, 24, 24, 5, 2).astype(int) + 6, 0, 255).astype(np.uint8)
@@ -81,7 +81,7 @@ def test_what_is_stored_is_not_computed_again(files, tmp_path, monkeypatch):
     words = settings(tmp_path, files / "real.npz", EFFNET, "eval.metrics=[fid]")
     score_sets([files / "drawn.npz"], load_scoring(words))
     monkeypatch.setattr(scoring, "run_pass", None)
-    monkeypatch.setattr("bench.sample_sets.run_pass", None)
+    monkeypatch.setattr("bench.scoring.sample_sets.run_pass", None)
     score_sets([files / "drawn.npz"], load_scoring(words))
     assert len(stored(tmp_path)) == 1
 
@@ -201,7 +201,7 @@ def test_extractors_without_an_output_refuse_the_metrics_that_need_it(files, tmp
         def __call__(self, given, indices=None):
             return {"pool": given[:, 0, :2, :2].flatten(1).float()}
 
-    monkeypatch.setattr("bench.scorer.build_extractor", lambda *args, **options: PoolOnly())
+    monkeypatch.setattr("bench.scoring.scorer.build_extractor", lambda *args, **options: PoolOnly())
     words = settings(tmp_path, files / "real.npz", EFFNET)
     with pytest.raises(UserError, match="sfid needs spatial features, extractor pool-only has pool only"):
         score_sets([files / "drawn.npz"], load_scoring(words))

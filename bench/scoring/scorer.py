@@ -19,10 +19,10 @@ from bench import metrics, registry
 from bench.config import EvalConfig, PathsConfig, ScoringConfig
 from bench.console import is_main_process, say
 from bench.errors import UserError
-from bench.features import FeatureExtractor, build_extractor
 from bench.files import short_digest
-from bench.images import ImageSet, open_images
-from bench.reference import Reference, build_reference, kept_images
+from bench.scoring.features import FeatureExtractor, build_extractor
+from bench.scoring.images import ImageSet, open_images
+from bench.scoring.reference import Reference, build_reference, kept_images
 from datamodules.base import DataConfig
 
 

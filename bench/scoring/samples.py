@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bench.config import RunConfig
 from bench.files import atomic_write
-from bench.images import ImageSet, NpzImages, write_npz
+from bench.scoring.images import ImageSet, NpzImages, write_npz
 from models.noise import iid_labels
 from models.recipe import SamplerConfig
 

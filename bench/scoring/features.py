@@ -30,7 +30,14 @@ from bench.console import say
 from bench.errors import UserError
 from bench.metrics.base import full_float32, keep_dtype
 from bench.registry import nearest
-from bench.weights import PublishedFile, fold_batch_norm, load_weights, random_weights, read_weights, resample_positions
+from bench.scoring.weights import (
+    PublishedFile,
+    fold_batch_norm,
+    load_weights,
+    random_weights,
+    read_weights,
+    resample_positions,
+)
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_CLASSES = 1008

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from bench.console import progress
 from bench.errors import UserError
-from bench.features import INCEPTION_CLASSES, INCEPTION_SHA256, FeatureExtractor
 from bench.files import atomic_write
-from bench.images import ImageSet, write_npz
 from bench.metrics.frechet import Moments, MomentSums
 from bench.metrics.precision_recall import squared_radii
+from bench.scoring.features import INCEPTION_CLASSES, INCEPTION_SHA256, FeatureExtractor
+from bench.scoring.images import ImageSet, write_npz
 
 MAX_ROWS = 10_000  # feature rows kept for precision, recall and class accuracy: as many as ADM's files hold images
 BATCH = 64

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bench import tables
 from bench.config import ScoringConfig
 from bench.console import is_main_process
 from bench.errors import UserError
 from bench.files import short_digest
-from bench.images import ImageSet, open_images
-from bench.reference import extractor_of
-from bench.scorer import Scorer, describe_scorer, holds_moments, prepare_scorer
-from bench.scoring import FeatureBlocks, measured, run_pass
+from bench.scoring.images import ImageSet, open_images
+from bench.scoring.passes import FeatureBlocks, measured, run_pass
+from bench.scoring.reference import extractor_of
+from bench.scoring.scorer import Scorer, describe_scorer, holds_moments, prepare_scorer
 from bench.store import RowStore, SampleSetScore
+from bench.tables import comparison as tables
 
 
 class StoredImages:

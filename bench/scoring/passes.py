@@ -26,9 +26,10 @@ from bench.console import progress, quiet_lightning
 from bench.errors import UserError
 from bench.files import atomic_write, short_digest
 from bench.metrics.base import share_states
-from bench.scorer import Scorer
+from bench.scoring.scorer import Scorer
 from bench.store import provenance
-from bench.train import device_name
+from bench.training.stopping import OwnSignals
+from bench.training.train import device_name
 
 
 class Source(Protocol):
@@ -92,11 +93,7 @@ class ScoringPass(L.LightningModule):
 
     def test_dataloader(self) -> DataLoader:
         rank, world, blocks = self.trainer.global_rank, self.trainer.world_size, self.source.blocks
-        if len(blocks) < world:
-            raise UserError(
-                f"{self.source.num_samples} images in blocks of {len(blocks[0])} are {len(blocks)} blocks, fewer "
-                f"than the {world} processes. Lower eval.batch_size or trainer.devices."
-            )
+        require_enough_blocks(blocks, self.source.num_samples, world)
         return DataLoader(blocks[rank::world], batch_size=None, collate_fn=lambda block: block)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(self, batch: range, device: torch.device, dataloader_idx: int) -> range:
@@ -136,6 +133,15 @@ class ScoringPass(L.LightningModule):
         return features
 
 
+def require_enough_blocks(blocks: list[range], num_samples: int, world: int) -> None:
+    """Raises: UserError if some of `world` processes would have nothing to do."""
+    if len(blocks) < world:
+        raise UserError(
+            f"{num_samples} images in blocks of {len(blocks[0])} are {len(blocks)} blocks, fewer than the {world} "
+            "processes. Lower eval.batch_size or trainer.devices."
+        )
+
+
 def measured(world_size: int, scores: Mapping[str, metrics.Score]) -> dict[str, Any]:
     """What a stored row says of its scores: values, intervals, and what they were computed with."""
     return {
@@ -160,6 +166,7 @@ def run_pass(
         num_nodes=machine.num_nodes,
         strategy="ddp" if machine.devices * machine.num_nodes > 1 else "auto",
         use_distributed_sampler=False,
+        callbacks=[OwnSignals()],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -1,0 +1,1 @@
+"""Images to scores: samples, extractors, references, and the pass that feeds the metrics."""
