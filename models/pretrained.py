@@ -124,7 +124,11 @@ def _load(file: Path) -> Any:
                 f"{file} holds more than tensors ({found[1]}), which could run code and is not loaded. Store the "
                 "weights alone, as a state dict or as safetensors."
             ) from None
-        raise ValueError(f"{file} is a pickle, but not one of torch's; it could run code and is not loaded.") from None
+        if head.startswith(b"\x80"):  # as every pickle since Python 2
+            raise ValueError(
+                f"{file} is a pickle, but not one of torch's; it could run code and is not loaded."
+            ) from None
+        raise ValueError(f"{file} holds no weights: it is a file neither of torch nor of safetensors.") from None
     except (SafetensorError, RuntimeError, EOFError, ValueError, LookupError) as error:
         reason = (
             str(error).partition("\n")[0].partition(". ")[0]

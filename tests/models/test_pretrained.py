@@ -131,8 +131,8 @@ def wrong_file(kind: str, path: Path, state: dict[str, torch.Tensor]) -> Path:
         return path
     elif kind in ("folder", "none"):
         return path if kind == "folder" else path / "none.pt"
-    elif kind == "text":
-        file.write_text("hello")
+    elif kind in ("text", "markdown"):
+        file.write_text("hello" if kind == "text" else "# IsoDiff\n")
     elif kind == "empty":
         file.touch()
     else:
@@ -165,6 +165,7 @@ def wrong_file(kind: str, path: Path, state: dict[str, torch.Tensor]) -> Path:
         ("code", r"holds more than tensors \(posix.mkdir\), which could run code and is not loaded"),
         ("pickle", "is a pickle, but not one of torch's; it could run code and is not loaded"),
         ("text", "cannot be read as weights: damaged, cut off, or another kind of file"),
+        ("markdown", "holds no weights: it is a file neither of torch nor of safetensors"),
         ("list", "holds a list, not named tensors"),
         ("no tensors", "holds no named tensors, but a, b"),
         ("integers", "a is torch.int8"),

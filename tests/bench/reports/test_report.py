@@ -264,6 +264,6 @@ def test_a_name_that_is_not_stored_writes_nothing(runs, tmp_path, monkeypatch, c
 
 
 def test_every_file_that_the_page_is_made_of_is_packaged():
-    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    text = (Path(__file__).parents[3] / "pyproject.toml").read_text()
     packaged = re.search(r'"\*" = (\[.*?\])', text)[1]
     assert {".html", ".css", ".js"} <= {suffix.lstrip("*") for suffix in json.loads(packaged)}

@@ -244,7 +244,7 @@ def test_runs_of_a_sweep_find_their_points(dit_xl):
 
 # --- counts that are kept ---------------------------------------------------------------------------------------------
 
-with (Path(__file__).parent.parent / "golden" / "gflops.csv").open(newline="") as file:
+with (Path(__file__).parents[2] / "golden" / "gflops.csv").open(newline="") as file:
     GOLDEN = [
         row for row in csv.DictReader(file) if row["counted"] in ("all", "weights") and row["num_classes"] == "1000"
     ]

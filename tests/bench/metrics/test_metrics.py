@@ -27,7 +27,7 @@ from bench.metrics.precision_recall import Precision, Recall, squared_distances,
 
 CASES = feature_cases(11)
 EXPECTED = golden_json("expected")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def moments(rows: np.ndarray | Tensor) -> Moments:
