@@ -26,6 +26,10 @@ def main() -> None:
     args = _parser().parse_args([word for word in sys.argv[1:] if word not in overrides])
     args.overrides = overrides
     try:
+        if overrides and (not args.takes_overrides or getattr(args, "action", "") in ("status", "cancel")):
+            raise UserError(
+                f"{' '.join(overrides)} changes nothing here: this command takes no settings. Leave it out."
+            )
         args.run(args)
     except UserError as error:
         if isinstance(error, SharedError) and not is_main_process():
@@ -234,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
             epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  "),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, takes_overrides=False)
         return sub
 
     sub = command(
@@ -534,6 +538,7 @@ def _stored(sub: argparse.ArgumentParser) -> None:
 
 def _overrides(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+    sub.set_defaults(takes_overrides=True)
 
 
 def _dry_run(sub: argparse.ArgumentParser) -> None:

@@ -157,7 +157,7 @@ def evaluate(
         protocol=protocol,
         checkpoint=str(checkpoint_path(config.directory, step).relative_to(config.paths.runs)) if step else "",
         samples=str(files.path.relative_to(config.paths.runs)),
-        **measured(world_size, scores),
+        **measured(world_size, scores, config.trainer),
     )
     if is_main_process():
         store.append(result)

@@ -146,6 +146,8 @@ def _ema_of(file: Path, loaded: dict[Any, Any]) -> str | None:
     for key, witness in (("ema", "ema"), ("state_dict", "current_model_state")):
         if witness in loaded and isinstance(loaded.get(key), dict):
             return key
+    if set(loaded) == {"global_step", "state_dict"}:  # of weights that were imported: EMA alone
+        return "state_dict"
     if any(isinstance(loaded.get(key), dict) for key in RAW):
         raise ValueError(
             f"{file} is a training checkpoint with raw weights only ({_listed(list(map(str, loaded)))}); scores are of "

@@ -150,16 +150,16 @@ def _steps(weights: Weights, claim: Claim, row: Mapping[str, str] | None) -> tup
     """The optimizer steps behind the weights, and who says so. Raises: UserError if nobody does."""
     if claim.steps is not None:
         return claim.steps, "as --steps says"
-    if weights.form == STATE_DICT and row is not None:
+    if weights.form == STATE_DICT and row is not None and weights.file.name == row["file"]:
         return int(row["steps"]), f"as published: {printed_row(row).where}"
     name = weights.file.parent.stem if weights.file.name == UVIT_EMA else weights.file.stem
     if weights.form != STATE_DICT and name.isdigit() and int(name):
         return int(name), f"by the name of the checkpoint, {name}"
     raise UserError(
         "Give --steps, the optimizer steps that the weights were trained for: images seen and training Gflops follow "
-        "from them. They are known of the released weights of "
-        + ", ".join(f"{m}/{s} {r}" for m, s, r in released())
-        + "."
+        "from them. They are known of the released files "
+        + ", ".join(row["file"] for row in released().values())
+        + " under these names."
     )
 
 

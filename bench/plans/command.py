@@ -16,10 +16,13 @@ from bench.plans.plan import Machine, RunPlan, caches, plan_table
 from bench.plans.printed import assumptions, cache_lines, run_lines, summary
 from bench.plans.runs import SCALE, device_settings
 from bench.tables.counted import count_missing
-from bench.tables.specs import RUN_FILE, PaperRun, load_table
+from bench.tables.specs import RUN_FILE, load_table
 
 # Where files of the user lie.
 TO_GIVE = ("data.root", "data.autoencoder_path", "eval.extractor_weights", "eval.reference")
+# Settings that make another row than the paper's, by how they begin.
+SCORING = ("num_samples", "sampler", "cfg_", "extractor=", "precision", "labels")
+NOT_FREE = ("budget.", "recipe.", "model.", "use.", *(f"eval.{key}" for key in SCORING))
 
 
 def print_plan(name: str, gpus: int, gpu: str, mfu: float, overrides: Sequence[str]) -> None:
@@ -29,8 +32,7 @@ def print_plan(name: str, gpus: int, gpu: str, mfu: float, overrides: Sequence[s
         raise UserError(f"{own[0]} is a setting of the launch; give it with --launch slurm.")
     spec, machine = load_table(name), Machine(gpu, gpus, mfu)
     plans = plan_table(spec, machine)
-    for plan in plans:
-        _require_free(plan.run, given)
+    _require_free(plans, given)
     runs, cache = Path(given.get("paths.runs", "runs")), Path(given.get("paths.cache", "cache"))
     kind, plural = GPUS[gpu], "s" * (len(plans) > 1)
     lines = [
@@ -47,7 +49,7 @@ def print_plan(name: str, gpus: int, gpu: str, mfu: float, overrides: Sequence[s
         lines += cache_lines(latents, cache, plans, given)
     for plan in plans:
         lines += ["", *run_lines(plan, runs, given)]
-    missing = [key for key in TO_GIVE if key not in given]
+    missing = [key for key in TO_GIVE if key not in given and len(_kinds(plans).get(key, ())) < 2]
     notes = [f"Give {', '.join(f'{key}=...' for key in missing)} to `plan` as well, and the commands have them."]
     notes = [*(notes if missing else []), *assumptions(machine)]
     print("\n".join([*lines, "", *(textwrap.fill(note, 118, break_on_hyphens=False) for note in notes)]))
@@ -66,8 +68,7 @@ def launch_plan(name: str, launcher: str, gpus: int, gpu: str, overrides: Sequen
 
     spec, given = load_table(name), _given(overrides)
     plans = plan_table(spec, Machine(gpu, gpus, mfu=1.0))
-    for plan in plans:
-        _require_free(plan.run, given)
+    _require_free(plans, given)
     if spec.sweep:
         parts = max(plan.accumulate or 1 for plan in plans)
         accumulate = [f"trainer.accumulate={parts}"] if parts > 1 and "trainer.accumulate" not in given else []
@@ -101,10 +102,24 @@ def _given(overrides: Sequence[str]) -> dict[str, str]:
     return {key: value for key, _, value in (word.partition("=") for word in overrides)}
 
 
-def _require_free(run: PaperRun, given: dict[str, str]) -> None:
-    """Raises: UserError for a setting that the table's file fixes."""
-    fixed = {*run.point, SCALE, "use.eval"}
-    if taken := [key for key in given if key in fixed or key.startswith("budget.")]:
+def _kinds(plans: Sequence[RunPlan]) -> dict[str, list[str]]:
+    """Files of the user -> what each run needs one for."""
+    return {
+        "eval.reference": list(dict.fromkeys(plan.run.data for plan in plans)),
+        "data.autoencoder_path": list(dict.fromkeys(plan.run.decoder for plan in plans)),
+    }
+
+
+def _require_free(plans: Sequence[RunPlan], given: dict[str, str]) -> None:
+    """Raises: UserError for a setting that the table's file fixes, or a file that only some of the runs can use."""
+    fixed = {key for plan in plans for key in plan.run.point} | {SCALE}
+    if taken := [key for key in given if key in fixed or f"{key}=".startswith(NOT_FREE)]:
         raise UserError(
             f"{taken[0]} is what the table is about. Train another run with: python -m bench train {RUN_FILE}"
         )
+    for key, kinds in _kinds(plans).items():
+        if key in given and len(kinds) > 1:
+            raise UserError(
+                f"{key} is one file, but these runs need one each for {', '.join(kinds)}. Leave it out here and add it "
+                "to each command."
+            )

@@ -16,7 +16,7 @@ from bench.plans.plan import (
     Machine,
     RunPlan,
 )
-from bench.plans.runs import evaluate_commands, find_run, run_stem, train_command
+from bench.plans.runs import device_settings, evaluate_commands, find_run, run_stem, train_command
 from bench.tables.formats import number
 
 
@@ -90,6 +90,8 @@ def run_lines(plan: RunPlan, runs: Path, given: dict[str, str]) -> list[str]:
     if released := plan.released:
         side = [] if plan.side == 256 else ["--resolution", str(plan.side)]
         words = ["import", released["file"], "--model", plan.run.model, "--size", plan.run.size, *side]
+        devices = [word for word in device_settings(plan.machine.gpus, given) if "precision" not in word]  # float32
+        words += [*devices, *(f"{key}={value}" for key, value in given.items())]
         lines.append(f"  or, without training: {_command(words)}   (official weights)")
     return lines
 

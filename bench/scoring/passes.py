@@ -142,13 +142,13 @@ def require_enough_blocks(blocks: list[range], num_samples: int, world: int) -> 
         )
 
 
-def measured(world_size: int, scores: Mapping[str, metrics.Score]) -> dict[str, Any]:
+def measured(world_size: int, scores: Mapping[str, metrics.Score], machine: TrainerConfig) -> dict[str, Any]:
     """What a stored row says of its scores: values, intervals, and what they were computed with."""
     return {
         "scores": {column: score.value for column, score in scores.items()},
         "ci95": {column: score.ci95 for column, score in scores.items()},
         "world_size": world_size,
-        "device": device_name(),
+        "device": device_name(machine.accelerator),
         **provenance(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -67,7 +67,7 @@ def _score(path: Path, images: ImageSet, n: int, scorer: Scorer, config: Scoring
         samples=str(path),
         sha256=sha256,
         protocol=protocol,
-        **measured(world_size, scores),
+        **measured(world_size, scores, config.trainer),
     )
     if is_main_process():
         store.append(result)

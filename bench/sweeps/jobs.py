@@ -92,6 +92,8 @@ class JobRecord:
                 json.dump(record, file)
         state = "preempted" if values.get("state") == "cancelled" else values.get("state")
         known = self.run.read()
+        if state == "failed" and self.run.alive():
+            return  # this job was refused as another process trains the run
         if state in ("queued", "failed", "preempted") and known.get("state") != "finished":
             if state == "preempted" and not known:
                 return  # cancelled before anything was done

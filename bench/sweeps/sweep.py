@@ -243,6 +243,8 @@ class _Expander:
         if template.use.recipe == "paper" and "model" in values and "recipe" in values:
             raise LookupError("recipe")
         config = replace(template, **changes)
+        if template.use.recipe == "paper" and config.model != template.model:
+            raise LookupError("recipe")  # it may follow the size, and this is the template's
         (config.eval.sampler or config.recipe.sampler).require_process(config.recipe.process.name)
         return config
 

@@ -39,6 +39,10 @@ class EMA(WeightAveraging):
             # The average starts as the initial weights (DiT's training script), not as the weights after step 1.
             self._average_model.n_averaged.fill_(1)
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The average goes where the module is: Lightning makes it before it moves the module to its device."""
+        cast(Any, self._average_model).module.to(pl_module.device)
+
     @property
     def average(self) -> DiffusionModule:
         """A module with the averaged weights, while training; not to be changed."""

@@ -101,5 +101,7 @@ def _copy_log(source: Path, directory: Path, start: int, log_every: int) -> None
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     with atomic_write(directory / "metrics.jsonl") as file:
         for line in lines:
-            if line.endswith("\n") and (step := json.loads(line)["train/step"]) <= start and not step % log_every:
+            row = json.loads(line) if line.endswith("\n") else {"train/step": start + 1}
+            regular = "train/loss" not in row or row["train/step"] % log_every == 0  # or a quick score
+            if row["train/step"] <= start and regular:
                 file.write(line)

@@ -52,11 +52,11 @@ class StopAtStep(OwnSignals):
         if trainer.global_step == self._step:  # a micro-batch on the way to a step
             return
         self._step = trainer.global_step
+        if self.guard.signum:
+            signals.heed(self.guard.signum)  # in the last step, too: no process goes on to score alone
         if self._step == trainer.max_steps:
             return
-        if self.guard.signum:
-            signals.heed(self.guard.signum)
-            self.stopped = True
+        self.stopped = bool(self.guard.signum)
         if self.guard.signum or self.guard.late:
             trainer.save_checkpoint(self.checkpoint)
             trainer.should_stop = True

@@ -163,7 +163,7 @@ def _fit(config: RunConfig, run: Plan, data: Data, tracker: Tracker | None, grou
         train_gflops=run.budget.train_gflops,
         latents=data.fingerprint,
         train_seconds=round(log.seconds, 3),
-        device=device_name(),
+        device=device_name(config.trainer.accelerator),
         world_size=trainer.world_size,
     )
     signals.check()  # one that came in the last step
@@ -207,7 +207,8 @@ def estimate_seconds(config: RunConfig, run: Plan) -> float:
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
-        losses = module.process.losses(*module.training_inputs(batch))
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):
+            losses = module.process.losses(*module.training_inputs(batch))
         losses["loss"].mean().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -226,9 +227,10 @@ class _TimingBatch:
         return _TimingBatch(self.latents.to(device), labels, self.positions)
 
 
-def device_name() -> str:
+def device_name(accelerator: str = "auto") -> str:
     """The kind of device, for the record: 'cpu (2 threads)' or the GPU's name."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({torch.get_num_threads()} threads)"
+    gpu = accelerator != "cpu" and torch.cuda.is_available()
+    return torch.cuda.get_device_name() if gpu else f"cpu ({torch.get_num_threads()} threads)"
 
 
 def read_state(directory: Path) -> dict[str, Any]:

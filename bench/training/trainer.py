@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -35,6 +35,16 @@ def prepare_backbone(module: DiffusionModule, machine: TrainerConfig) -> None:
         compile_backbone(module, "cuda" if gpu else "cpu")
 
 
+class LastCheckpoint(ModelCheckpoint):
+    """Saves between steps alone: a checkpoint holds no gradients of a step that is half done."""
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
 def build_trainer(
     config: RunConfig, run: Plan, directory: Path, first: list[L.Callback], last: Sequence[L.Callback] = ()
 ) -> L.Trainer:
@@ -59,7 +69,7 @@ def build_trainer(
             *first,
             CheckpointAt(checkpoints, run.checkpoint_steps),
             *last,
-            ModelCheckpoint(
+            LastCheckpoint(
                 checkpoints,
                 filename="last",
                 save_top_k=1,

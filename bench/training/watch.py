@@ -63,6 +63,8 @@ class Watch(L.Callback):
         if step == self._step:  # a micro-batch on the way to a step
             return
         self._step = step
+        if self.lines.guard.signum or self.lines.guard.late:  # the checkpoint that was asked for comes first
+            return
         wants_grid = machine.grid_every and step % machine.grid_every == 0 and trainer.is_global_zero
         wants_score = machine.score_every and step % machine.score_every == 0
         if wants_grid or wants_score:

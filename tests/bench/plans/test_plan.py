@@ -46,7 +46,10 @@ def printed(capsys, *arguments: object, overrides: list[str] | None = None) -> s
 
 @pytest.mark.parametrize("name", paper_tables())
 def test_every_printed_command_resolves_to_its_run(name, capsys):
-    text = printed(capsys, name, 16, "h100", 0.5, overrides=EXTRA)
+    runs = [entry.run for entry in plans_of(name).values()]
+    own = {"data.autoencoder_path": {run.decoder for run in runs}, "eval.reference": {run.data for run in runs}}
+    extra = [word for word in EXTRA if len(own.get(word.partition("=")[0], ())) < 2]  # files that serve all runs
+    text = printed(capsys, name, 16, "h100", 0.5, overrides=extra)
     commands = [shlex.split(line) for line in text.splitlines() if line.startswith("  python -m bench train ")]
     entries = plans_of(name)
     assert len(commands) == len(entries)
@@ -64,7 +67,11 @@ def test_every_printed_command_resolves_to_its_run(name, capsys):
         assert config.budget.given == dict(run.budget)
         assert (config.trainer.devices, config.trainer.num_nodes, config.trainer.precision) == (8, 2, "bf16-mixed")
         assert recipe.batch_size % (16 * config.trainer.accumulate) == 0
-        assert (config.data.autoencoder_path, config.eval.reference) == ("/models/vae", "ref.npz")
+        for given, word in (
+            (config.data.autoencoder_path, "data.autoencoder_path=/models/vae"),
+            (config.eval.reference, "eval.reference=ref.npz"),
+        ):
+            assert given == (word.partition("=")[2] if word in extra else None)
     scored = [shlex.split(line) for line in text.splitlines() if line.startswith("  python -m bench evaluate ")]
     assert len(scored) == sum(place.run is not None for place in load_table(name).rows)
     for words in scored:  # what it scores is known once it is trained
@@ -97,6 +104,19 @@ def test_a_sweep_of_the_plan_trains_the_runs_that_the_commands_train(tmp_path, m
     assert f"python -m bench evaluate {directory} eval.cfg_scale=1.5" in capsys.readouterr().out
     other = load_table("dit-table4").runs["xl-2-512-3000k"]  # decoded otherwise
     assert find_run(other, Path("runs"), {}) is None
+
+
+def test_a_sweep_over_sizes_has_the_recipe_of_each_size(tmp_path, monkeypatch, capsys):
+    """U-ViT's H models have another process than its L models."""
+    monkeypatch.chdir(tmp_path)
+    launch_plan("uvit-imagenet", "print", 8, "a100", [])
+    capsys.readouterr()
+    (directory,) = Path("runs").glob("sweep-plan-uvit-imagenet-*")
+    found = {run.run_id for run in read_sweep(directory).runs}
+    wanted = {
+        load_run("imagenet256", train_command(entry, {})[2:]).run_id for entry in plans_of("uvit-imagenet").values()
+    }
+    assert found == wanted
 
 
 @pytest.fixture
@@ -252,6 +272,10 @@ def test_costs_of_autoencoder_and_inception_are_those_of_the_networks():
         (("dit-tabel4",), [], ["Did you mean dit-table4?"]),
         (("dit-table4",), ["budget.steps=3"], ["budget.steps is what the table is about"]),
         (("dit-table4",), ["model.size=S/2"], ["model.size is what the table is about"]),
+        (("dit-table4",), ["recipe.batch_size=512"], ["recipe.batch_size is what the table is about"]),
+        (("dit-table4",), ["eval.num_samples=1000"], ["eval.num_samples is what the table is about"]),
+        (("dit-table4",), ["eval.reference=a.npz"], ["one file", "imagenet256, imagenet512", "each command"]),
+        (("uvit-imagenet",), ["data.autoencoder_path=v/"], ["one file", "sd-vae, sd-vae-ft-ema"]),
         (("dit-table4",), ["sweep.slurm.partition=gpu"], ["sweep.slurm.partition", "--launch slurm"]),
     ],
 )

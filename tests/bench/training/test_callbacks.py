@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
 from bench.training.callbacks import EMA, CheckpointAt
+from bench.training.trainer import LastCheckpoint
 
 
 class Line(L.LightningModule):
@@ -27,6 +31,20 @@ class Line(L.LightningModule):
         return torch.utils.data.DataLoader(torch.zeros(100), batch_size=1)
 
 
+class ClockRunsOut(L.Callback):
+    """Lets the time between timed checkpoints end in the middle of the second step; keeps where they are saved."""
+
+    def __init__(self, timed):
+        self.timed, self.saved = timed, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 4:
+            self.timed._last_time_checked = float("-inf")
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.saved.append(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
 def fit(directory, steps, callbacks, ckpt_path=None, accumulate=1):
     trainer = L.Trainer(
         accelerator="cpu",
@@ -37,7 +55,7 @@ def fit(directory, steps, callbacks, ckpt_path=None, accumulate=1):
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         default_root_dir=directory,
     )
     trainer.fit(Line(), ckpt_path=ckpt_path, weights_only=True)
@@ -74,3 +92,11 @@ def test_ema_goes_on_after_a_resume(tmp_path):
 def test_checkpoints_count_optimizer_steps_not_micro_batches(tmp_path):
     fit(tmp_path, 4, [EMA(0.9, False), CheckpointAt(tmp_path, [2, 4])], accumulate=3)
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step-00000002.ckpt", "step-00000004.ckpt"]
+
+
+def test_a_timed_checkpoint_waits_for_the_end_of_its_step(tmp_path):
+    """In mid-step it would lack the gradients of the micro-batches before it."""
+    timed = LastCheckpoint(tmp_path, filename="last", train_time_interval=timedelta(hours=1))
+    clock = ClockRunsOut(timed)
+    fit(tmp_path, 4, [clock, timed], accumulate=3)
+    assert clock.saved[0] == 6  # micro-batches: of two whole steps
