@@ -127,6 +127,7 @@ def require_whole(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             member = archive.testzip()
+    # The last for a header whose damaged byte names a compression or version that zipfile does not know.
     except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
         raise Damaged(str(error)) from None
     if member is not None:
