@@ -209,11 +209,15 @@ class LatentStream(IterableDataset[Batch]):
         rows = rows_at(positions, self.seed, cache.count)
         mirrored = mirror_bits(self.seed, positions) if cache.mirrors else None
         if cache.pixels:
-            sample = cache.images(rows, mirrored)  # (B,3,H,W)
+            latents = cache.images(rows, mirrored)  # (B,3,H,W)
         else:
-            mean, logvar = (float32(part) for part in cache.moments(rows, mirrored))  # (B,C,H,W) each
-            sample = mean + np.exp(0.5 * logvar) * posterior_eps(self.seed, positions, cache.latent_shape)
-        latents = (sample - cache.shift) * cache.scale
+            mean, logvar = float32(cache.moments(rows, mirrored)).swapaxes(0, 1)  # (B,C,H,W) each
+            latents = posterior_eps(self.seed, positions, cache.latent_shape)
+            logvar *= 0.5  # in place, here and below: fresh memory costs as much as the arithmetic
+            latents *= np.exp(logvar, out=logvar)
+            latents += mean
+        latents -= cache.shift
+        latents *= cache.scale
         return Batch(torch.from_numpy(latents), cache.labels[torch.from_numpy(rows)], torch.from_numpy(positions))
 
 

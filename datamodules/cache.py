@@ -1,12 +1,12 @@
 """The latent cache as it lies on disk, and reading it at memory speed.
 
 A cache is a folder: shards `moments-00000.safetensors`, ..., `labels.npy` (N,) and `manifest.json`, written last. A
-shard holds the autoencoder's posterior `mean` and `logvar` (n,C,H,W) of its images and `mirror_mean`, `mirror_logvar`
-of their horizontal mirrors; in pixel space it holds `images` (n,3,H,W) uint8, whose mirrors need no storing. The
-posterior is stored, not a sample of it: each epoch sees fresh posterior noise, as with the autoencoder in the loop
-(DiT, U-ViT).
+shard holds `moments` (n,V,2,C,H,W): the autoencoder's posterior mean and log variance of each image and, with V = 2, of
+its horizontal mirror. What a sample needs lies together and is one read. In pixel space it holds `images` (n,3,H,W)
+uint8, whose mirrors need no storing. The posterior is stored, not a sample of it: each epoch sees fresh posterior
+noise, as with the autoencoder in the loop (DiT, U-ViT).
 
-Shapes: B batch, C latent channels, H W latent size, N images of the set, n images of a shard.
+Shapes: B batch, C latent channels, H W latent size, N images of the set, n images of a shard, V views of an image.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,13 @@ import numpy as np
 import safetensors.numpy
 import torch
 
+from datamodules.mapping import MappedFiles
+
 MANIFEST, LABELS = "manifest.json", "labels.npy"
 CARD = "isodiff"  # the entry of a shard's header
+FORMAT = 2  # of shards; 1 kept mean and log variance in tensors of their own
 READ_WHOLE = 256 * 2**20  # bytes; smaller caches are read into memory, larger ones memory-mapped
 PIXELS = "uint8"  # dtype of a cache in pixel space
-DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U8": np.uint8}  # by safetensors' names
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,15 @@ class CacheMeta:
             raise ValueError(f"Latents are cached as float32 or float16, not {self.dtype!r}.")
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Tensors of a shard that hold a value of `latent_shape` per image."""
-        if self.dtype == PIXELS:
-            return ("images",)
-        return ("mean", "logvar", "mirror_mean", "mirror_logvar") if self.mirrors else ("mean", "logvar")
+    def tensor(self) -> str:
+        """Name of what a shard holds beside the labels."""
+        return "images" if self.dtype == PIXELS else "moments"
 
     @property
     def row_bytes(self) -> int:
         """Of one image in a shard, with its label."""
-        return len(self.names) * int(np.prod(self.latent_shape)) * np.dtype(self.dtype).itemsize + 8
+        values = math.prod(self.latent_shape) * (1 if self.dtype == PIXELS else 2 * (1 + self.mirrors))
+        return values * np.dtype(self.dtype).itemsize + 8
 
 
 class LatentCache:
@@ -97,66 +97,75 @@ class LatentCache:
         if not (labels.exists() and file_sha256(labels) == manifest["labels_sha256"]):
             raise damaged(labels)
         self.labels = torch.from_numpy(np.load(labels))  # (N,) int64
-        self._shards: list[dict[str, memoryview] | None] = [None] * len(files)
-        self._whole: dict[str, np.ndarray] | None = None
+        self._tensor = "images" if self.pixels else "moments"
+        self._views = 1 if self.pixels else 1 + self.mirrors
+        self._shape = self.latent_shape if self.pixels else (2, *self.latent_shape)  # of a view
+        self._whole: np.ndarray | None = None  # (N V, *shape)
         if sum(shard["bytes"] for shard in manifest["shards"]) <= read_whole:
             parts = [verified(file, shard["sha256"]) for file, shard in zip(files, manifest["shards"], strict=True)]
-            self._whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            self._whole = np.concatenate([part[self._tensor] for part in parts]).reshape(-1, *self._shape)
+        else:
+            self._files = MappedFiles(files, [shard["bytes"] for shard in manifest["shards"]])
+            self._bytes = self._files.rows(math.prod(self._shape) * np.dtype(manifest["dtype"]).itemsize)
+            self._shard_views = manifest["shard_rows"] * self._views
+            self._offsets = np.zeros(len(files), np.int64)  # by shard: view x bytes of a view + this = where it begins
+            self._unmapped = set(range(len(files)))
 
     def __reduce__(self) -> tuple:
         """Another process opens the files itself; a pickled memory map would carry all its bytes."""
         return LatentCache, (self.path, self.read_whole)
 
-    def moments(self, rows: np.ndarray, mirrored: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Posterior (mean, logvar) of `rows` (B,) int64; of the mirror where `mirrored`.
+    def moments(self, rows: np.ndarray, mirrored: np.ndarray | None = None) -> np.ndarray:
+        """Posterior mean and log variance of `rows` (B,) int64; of the mirror where `mirrored` (B,) bool.
 
-        -> each (B,C,H,W), in the type they are cached in: making float32 of float16 takes longer than reading it.
+        -> (B,2,C,H,W) in the type they are cached in: making float32 of float16 takes longer than reading it.
         """
-        if mirrored is None:
-            return self._gather("mean", rows), self._gather("logvar", rows)
-        mean, logvar = (np.empty((len(rows), *self.latent_shape), self.manifest["dtype"]) for _ in range(2))
-        for prefix, here in (("", ~mirrored), ("mirror_", mirrored)):
-            if here.any():
-                mean[here], logvar[here] = (self._gather(prefix + name, rows[here]) for name in ("mean", "logvar"))
-        return mean, logvar
+        views = rows * self._views if self._views > 1 else rows
+        return self._gather(views if mirrored is None else views + mirrored)
 
     def images(self, rows: np.ndarray, mirrored: np.ndarray | None = None) -> np.ndarray:
         """Images of a cache in pixel space (B,) -> (B,3,H,W) float32 in [-1, 1]; turned round where `mirrored`."""
-        pixels = self._gather("images", rows).astype(np.float32) / np.float32(127.5) - 1
+        pixels = self._gather(rows).astype(np.float32) / np.float32(127.5) - 1
         if mirrored is not None:
             pixels[mirrored] = pixels[mirrored][..., ::-1]
         return pixels
 
-    def _gather(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """-> (B,C,H,W) as cached."""
+    def _gather(self, views: np.ndarray) -> np.ndarray:
+        """Views by number: those of row 0, of row 1, ... -> (B, *shape) as cached."""
         if self._whole is not None:
-            return self._whole[name].take(rows, axis=0)
-        dtype, opened = np.dtype(self.manifest["dtype"]), self._shards
-        size = dtype.itemsize * math.prod(self.latent_shape)
-        shards, within = np.divmod(rows, self.manifest["shard_rows"])
-        parts = [
-            (opened[shard] or self._open(shard))[name][start : start + size]
-            for shard, start in zip(shards.tolist(), (within * size).tolist(), strict=True)
-        ]
-        return np.frombuffer(bytearray().join(parts), dtype).reshape(-1, *self.latent_shape)
+            return self._whole.take(views, axis=0)
+        shards = views // self._shard_views
+        if self._unmapped:
+            for shard in self._unmapped.intersection(shards.tolist()):
+                self._map(shard)
+        rows = self._bytes[views * self._bytes.itemsize + self._offsets[shards]]  # (B,) void, copied
+        return rows.view(self.manifest["dtype"]).reshape(-1, *self._shape)
 
-    def _open(self, shard: int) -> dict[str, memoryview]:
-        tensors = map_safetensors(self.path / self.manifest["shards"][shard]["file"])
-        self._shards[shard] = views = {name: as_bytes(tensor) for name, tensor in tensors.items()}
-        return views
-
-
-def as_bytes(array: np.ndarray) -> memoryview:
-    """The bytes of an array in memory; rows are copied out of them in half the time that indexing an array takes."""
-    return array.reshape(-1).view(np.uint8).data
+    def _map(self, shard: int) -> None:
+        """Raises: ValueError if the file does not hold the views it should."""
+        file, size, before = self._files.files[shard], self._bytes.itemsize, shard * self._shard_views
+        header, start = _header(file)
+        views = min(self._shard_views, self.count * self._views - before)
+        first, stop = header.get(self._tensor, {}).get("data_offsets", (0, 0))
+        if stop - first != views * size or file.stat().st_size != self._files.sizes[shard]:
+            raise damaged(file)
+        self._files.map(shard)
+        self._offsets[shard] = self._files.starts[shard] + start + first - before * size
+        self._unmapped.remove(shard)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises: ValueError if `path` holds no finished cache."""
+    """Raises: ValueError if `path` holds no finished cache, or one in another format."""
     file = Path(path) / MANIFEST
     if not file.exists():
         raise ValueError(f"{path} holds no latent cache ({MANIFEST} is missing). Prepare the data first.")
-    return json.loads(file.read_text())
+    manifest = json.loads(file.read_text())
+    if (written := manifest.get("format", 1)) != FORMAT:
+        raise ValueError(
+            f"The latent cache {path} is in format {written}; this version reads format {FORMAT}. Remove that folder "
+            "and prepare the data again."
+        )
+    return manifest
 
 
 def damaged(file: Path) -> ValueError:
@@ -191,26 +200,8 @@ def verified(file: Path, sha256: str) -> dict[str, np.ndarray]:
     return safetensors.numpy.load_file(file)
 
 
-def map_safetensors(file: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file as read-only memory maps: an 8-byte header length, a JSON header, the data.
-
-    Training reads rows at random, so the system is told not to read around them: 100 times faster on a cold disk.
-    """
-    header, start = _header(file)
-    with file.open("rb") as stream:
-        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    mapped.madvise(mmap.MADV_RANDOM)
-    block = np.frombuffer(mapped, np.uint8)
-    tensors = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            first, stop = (start + offset for offset in entry["data_offsets"])
-            tensors[name] = block[first:stop].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return tensors
-
-
 def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header and where the data begin."""
+    """Of a safetensors file: an 8-byte header length, a JSON header, the data -> the header, where the data begin."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         try:
@@ -224,20 +215,17 @@ def statistics(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
     In closed form over the posterior noise: E z = mean, E z^2 = mean^2 + variance.
     """
-    total: Any = 0.0
-    square: Any = 0.0
-    count = 0
-    for name in ("mean", "mirror_mean", "images"):
-        if name in tensors:
-            mean = tensors[name].astype(np.float64)
-            if name == "images":
-                mean, variance = mean / 127.5 - 1, np.zeros(1)
-            else:
-                variance = np.exp(tensors[name.replace("mean", "logvar")].astype(np.float64))
-            total = total + mean.sum((0, 2, 3))
-            square = square + (mean**2 + variance).sum((0, 2, 3))
-            count += mean[:, 0].size
-    return {"sum": np.asarray(total).tolist(), "square": np.asarray(square).tolist(), "count": count}
+    if "images" in tensors:
+        mean = tensors["images"].astype(np.float64) / 127.5 - 1
+        variance = np.zeros(1)
+    else:
+        moments = tensors["moments"].reshape(-1, *tensors["moments"].shape[2:]).astype(np.float64)  # (n V,2,C,H,W)
+        mean, variance = moments[:, 0], np.exp(moments[:, 1])
+    return {
+        "sum": mean.sum((0, 2, 3)).tolist(),
+        "square": (mean**2 + variance).sum((0, 2, 3)).tolist(),
+        "count": mean[:, 0].size,
+    }
 
 
 def latent_statistics(shards: Sequence[dict[str, Any]], scale: Sequence[float], shift: Sequence[float]) -> dict:

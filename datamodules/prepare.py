@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from datamodules.cache import (
+    FORMAT,
     LABELS,
     MANIFEST,
     PIXELS,
@@ -81,7 +83,12 @@ def prepare_cache(
     processes = processes or Processes()
     shard_rows = shard_rows or rows_of_a_shard(len(labels), meta.row_bytes)
     batch_size = batch_size or max(1, min(BATCH, BATCH_PIXELS // meta.resolution**2))
-    identity = {**json.loads(json.dumps(asdict(meta))), "count": len(labels), "shard_rows": shard_rows}
+    identity = {
+        "format": FORMAT,
+        **json.loads(json.dumps(asdict(meta))),
+        "count": len(labels),
+        "shard_rows": shard_rows,
+    }
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode() + labels.numpy().tobytes()).hexdigest()
     if (path / MANIFEST).exists():
         return _same_cache(path, identity, fingerprint)
@@ -171,33 +178,34 @@ def _encode_shards(
     ) as bar:
         for file, rows in shards.items():
             with claimed(file) as stream:
-                parts: dict[str, list[np.ndarray]] = {name: [] for name in meta.names}
+                parts = []
                 for _ in batches[file]:
-                    for name, part in _stored(next(pictures), encode, meta).items():
-                        parts[name].append(part)
+                    parts.append(_stored(next(pictures), encode, meta))
                     show_life(file.parent)
-                    bar.update(len(parts[meta.names[0]][-1]))
-                tensors = {name: np.concatenate(part) for name, part in parts.items()}
-                tensors["labels"] = labels[rows.start : rows.stop].numpy().astype(np.int64)
+                    bar.update(len(parts[-1]))
+                tensors = {meta.tensor: np.concatenate(parts), "labels": labels[rows.start : rows.stop].long().numpy()}
                 content = pack(tensors, fingerprint)
                 stream.write(content)
                 written += len(content)
                 bar.set_postfix_str(f"{written / 1e9:.2f} GB")
 
 
-def _stored(images: Tensor, encode: Encode, meta: CacheMeta) -> dict[str, np.ndarray]:
-    """What a shard keeps of images (B,3,H,W). Raises: ValueError if a moment does not fit the type it is kept in."""
+def _stored(images: Tensor, encode: Encode, meta: CacheMeta) -> np.ndarray:
+    """What a shard keeps of images (B,3,H,W): themselves, or moments (B,V,2,C,h,w).
+
+    Raises: ValueError if a moment does not fit the type it is kept in.
+    """
     if meta.dtype == PIXELS:
-        return {"images": images.numpy()}
-    encoded = [*encode(images), *(encode(images.flip(-1)) if meta.mirrors else ())]
-    stored = {}
-    for name, values in zip(meta.names, encoded, strict=True):
-        with np.errstate(over="ignore"):
-            stored[name] = values.cpu().numpy().astype(meta.dtype)
-        if not np.isfinite(stored[name]).all():
+        return images.numpy()
+    views = [images, images.flip(-1)] if meta.mirrors else [images]
+    moments = torch.stack([torch.stack(encode(view), dim=1) for view in views], dim=1).cpu()
+    with np.errstate(over="ignore"):
+        stored = moments.numpy().astype(meta.dtype)
+    for name, part, kept in zip(("mean", "logvar"), moments.unbind(2), stored.swapaxes(0, 2), strict=True):
+        if not np.isfinite(kept).all():
             raise ValueError(
                 f"{meta.data}: autoencoder {meta.autoencoder} gave a {name} that {meta.dtype} does not hold "
-                f"({float(values.abs().max()):.3g} at most). Check its weights, or set data.dtype=float32."
+                f"({float(part.abs().max()):.3g} at most). Check its weights, or set data.dtype=float32."
             )
     return stored
 

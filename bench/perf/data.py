@@ -44,26 +44,26 @@ Epoch = Sequence[tuple[Any, ...]]  # batches of (rows (B,), one or more arrays (
 
 
 def gather(count: int = COUNT) -> list[Duel]:
-    """Moments by row out of the cache, as they are kept and as float32; the last batch of an epoch is compared.
+    """Moments by row out of the cache, as they are kept and as float32, five epochs; the last batch is compared.
 
     A cache as small as this one is read whole; larger ones are memory-mapped shard by shard.
     """
     from bench.perf.perf import Duel
 
     path, moments = random_cache(count)
-    cache, mapped, batches = LatentCache(path), LatentCache(path, read_whole=0), _batches(count)
+    cache, mapped, batches = LatentCache(path), LatentCache(path, read_whole=0), np.tile(_batches(count), (5, 1))
     moments.tofile(path / "moments.raw")
     raw = np.memmap(path / "moments.raw", np.float16, "r", shape=moments.shape)
 
     def ours(cache: LatentCache) -> Tensor:
         for rows in batches:
             moments = cache.moments(rows)
-        return torch.from_numpy(np.concatenate(moments, axis=1))
+        return _channels(moments)
 
     def ours_converted() -> Tensor:
         for rows in batches:
-            moments = [float32(part) for part in cache.moments(rows)]
-        return torch.from_numpy(np.concatenate(moments, axis=1))
+            moments = float32(cache.moments(rows))
+        return _channels(moments)
 
     def bare() -> Tensor:
         for rows in batches:
@@ -134,7 +134,7 @@ def _against(name: str, peer: str, path: Path, loader: Callable[[], Iterable[Any
     batches = _batches(cache.count)
 
     def read() -> Epoch:
-        return [(rows, *(float32(part) for part in cache.moments(rows))) for rows in batches]
+        return [(rows, _channels(float32(cache.moments(rows)))) for rows in batches]
 
     def read_theirs() -> Epoch:
         return [(rows, moments.float()) for moments, rows in loader()]
@@ -180,7 +180,7 @@ def first_batch(shards: int = 1251) -> list[Duel]:
 
     def apart(first: tuple[LatentDataModule, Any], mean: Tensor) -> float:
         module, batch = first
-        return _largest(torch.from_numpy(module.cache.moments(batch.labels.numpy())[0]), mean)  # its labels are rows
+        return _largest(torch.from_numpy(module.cache.moments(batch.labels.numpy())[:, 0]), mean)  # its labels are rows
 
     peer = "numpy memmap of one file, a permutation and randn"
     return [
@@ -232,6 +232,11 @@ def _prepare(labels: Tensor, encode: Callable[[Tensor], tuple[Tensor, Tensor]], 
     images = torch.zeros(count, 3, 1, 1, dtype=torch.uint8)
     prepare_cache(images, labels, encode, path, meta, shard_rows=shard_rows, progress=False)
     return path
+
+
+def _channels(moments: np.ndarray) -> Tensor:
+    """(B,2,C,H,W) -> (B,2C,H,W), as peers keep them"""
+    return torch.from_numpy(moments).flatten(1, 2)
 
 
 def _batches(count: int) -> np.ndarray:

@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,15 +47,15 @@ def loop(images: int = IMAGES, steps: int = STEPS) -> list[Duel]:
     cost, total = count(config.use.model, config.model, SPEC), WARM_UP + steps
     run = Plan(SPEC, cost, budgets.resolve(BudgetConfig(steps=total), cost.gflops, images), ())
     cache, _ = random_cache(8 * images)
-    bare: list[_BareLoop] = []
+    waiting: dict[str, Clocked] = {}  # what a side has not yet asked for
 
     def data() -> LatentDataModule:
         return LatentDataModule(cache, batch_size=images)
 
-    def ours() -> Clocked:
+    def fit() -> dict[str, Clocked]:
         module = build_module(config, SPEC)
-        bare[:] = [_BareLoop(build_module(config, SPEC), config, iter(data().loader()))]
-        turns = _Turns(bare[0])
+        bare = _BareLoop(build_module(config, SPEC), config, iter(data().loader()))
+        turns = _Turns(bare)
         with tempfile.TemporaryDirectory() as folder:
             guard = StepGuard(Path(folder), config.recipe.optimizer.grad_clip, None)
             log = TrainingLog(
@@ -69,13 +70,19 @@ def loop(images: int = IMAGES, steps: int = STEPS) -> list[Duel]:
             ema = EMA(config.recipe.ema_decay, config.recipe.ema_warmup)
             trainer = build_trainer(config, run, Path(folder), [ema, guard, log], [turns])
             trainer.fit(module, datamodule=data())
-        return Clocked(statistics.median(turns.seconds[WARM_UP:]), _weights(module))
+        return {
+            "ours": Clocked(statistics.median(turns.seconds[WARM_UP:]), _weights(module)),
+            "theirs": Clocked(statistics.median(bare.seconds[WARM_UP:]), _weights(bare.average.module)),
+        }
 
-    def theirs() -> Clocked:
-        return Clocked(statistics.median(bare[0].seconds[WARM_UP:]), _weights(bare[0].average.module))
+    def side(name: str) -> Clocked:
+        if name not in waiting:
+            waiting.update(fit())
+        return waiting.pop(name)
 
     note = f", EMA weights after {total} steps of {images} images; times are of the middle step"
     peer = "a bare loop round the same module, optimizer and EMA"
+    ours, theirs = (partial(side, name) for name in ("ours", "theirs"))
     return [Duel("training loop", peer, ours, theirs, _largest, "largest difference", note)]
 
 

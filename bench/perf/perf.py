@@ -71,14 +71,17 @@ def run(area: str, rounds: int, only: str | None = None) -> None:
 
 def _print(duel: Duel, rounds: int) -> None:
     ours, theirs, peak, result, other = [], [], 0.0, None, None
-    for _ in progress(range(rounds + 1), desc=duel.name, unit="round"):
-        gc.collect()
-        before = _peak_memory(reset=True)
-        seconds, result = _timed(duel.ours)
-        peak = max(peak, _peak_memory() - before)
-        other_seconds, other = _timed(duel.theirs)
-        ours.append(seconds)
-        theirs.append(other_seconds)
+    for k in progress(range(rounds + 1), desc=duel.name, unit="round"):
+        for side in ("ours", "theirs") if k % 2 else ("theirs", "ours"):  # the second finds warmer caches
+            gc.collect()
+            if side == "theirs":
+                seconds, other = _timed(duel.theirs)
+                theirs.append(seconds)
+            else:
+                before = _peak_memory(reset=True)
+                seconds, result = _timed(duel.ours)
+                peak = max(peak, _peak_memory() - before)
+                ours.append(seconds)
     ours, theirs = ours[1:], theirs[1:]  # the first round warms up
     ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
     spread = f"({ratios[0]:.2f}-{ratios[-1]:.2f})"

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.numpy
 import torch
+from safetensors.numpy import load_file as stored
 
 from datamodules import prepare as preparation
 from datamodules import processes
-from datamodules.cache import CacheMeta, LatentCache, card_of, file_sha256, map_safetensors
+from datamodules.cache import FORMAT, CacheMeta, LatentCache, card_of, file_sha256
 from datamodules.imagenet import ImageNetDataModule
 from datamodules.prepare import claimed, prepare_cache, read_ahead, rows_of_a_shard
 from datamodules.processes import Processes
@@ -64,7 +64,7 @@ def test_rows_come_back_across_shards(tmp_path, read_whole):
     prepare(tmp_path)
     cache = LatentCache(tmp_path, read_whole)
     expected = encode(IMAGES[torch.from_numpy(ROWS)])
-    for got, wanted in zip(cache.moments(ROWS), expected, strict=True):
+    for got, wanted in zip(cache.moments(ROWS).swapaxes(0, 1), expected, strict=True):
         np.testing.assert_array_equal(got, wanted.numpy())
     assert cache.labels.tolist() == LABELS.tolist()
     assert (cache.count, cache.num_classes, cache.latent_shape) == (10, 3, (2, 2, 2))
@@ -72,8 +72,8 @@ def test_rows_come_back_across_shards(tmp_path, read_whole):
 
 def test_float16_halves_the_moments_and_keeps_three_digits(tmp_path):
     prepare(tmp_path, meta=replace(META, dtype="float16"))
-    assert map_safetensors(tmp_path / "moments-00000.safetensors")["mean"].nbytes == 4 * 8 * 2  # rows, values, bytes
-    mean, logvar = LatentCache(tmp_path).moments(ROWS)
+    assert stored(tmp_path / "moments-00000.safetensors")["moments"].nbytes == 4 * 16 * 2  # rows, values, bytes
+    mean, logvar = LatentCache(tmp_path).moments(ROWS).swapaxes(0, 1)
     expected = encode(IMAGES[torch.from_numpy(ROWS)])
     np.testing.assert_array_equal(mean, expected[0].numpy())  # whole numbers to 255 are exact
     np.testing.assert_allclose(logvar, expected[1].numpy(), rtol=2**-11)
@@ -148,13 +148,23 @@ def test_unknown_dtype_is_refused():
         replace(META, dtype="bfloat16")
 
 
-def test_mapped_tensors_equal_the_library_reader(tmp_path):
+def test_mapped_moments_equal_the_library_reader(tmp_path):
+    prepare(tmp_path, meta=replace(META, mirrors=True))
+    shards = [stored(tmp_path / f"moments-{k:05d}.safetensors")["moments"] for k in range(3)]
+    wanted = np.concatenate(shards).reshape(20, 2, 2, 2, 2)  # both views of ten images
+    rows, cache = np.arange(20) // 2, LatentCache(tmp_path, read_whole=0)
+    np.testing.assert_array_equal(cache.moments(rows, np.arange(20) % 2 == 1), wanted)
+
+
+@pytest.mark.parametrize("damage", ["another shape", "cut short"])
+def test_a_mapped_shard_that_changed_under_way_is_noticed(tmp_path, damage):
     prepare(tmp_path)
-    file = tmp_path / "moments-00000.safetensors"
-    mapped, read = map_safetensors(file), safetensors.numpy.load_file(file)
-    assert mapped.keys() == read.keys()
-    for name in read:
-        np.testing.assert_array_equal(mapped[name], read[name])
+    cache, file = LatentCache(tmp_path, read_whole=0), tmp_path / "moments-00001.safetensors"
+    cache.moments(np.arange(4))  # of the first shard
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] if damage == "cut short" else content.replace(b'"moments"', b'"mamonts"'))
+    with pytest.raises(ValueError, match=r"moments-00001\.safetensors is missing or damaged"):
+        cache.moments(np.arange(4, 8))
 
 
 def test_another_process_opens_the_files_itself(tmp_path):
@@ -162,7 +172,7 @@ def test_another_process_opens_the_files_itself(tmp_path):
     cache = LatentCache(tmp_path, read_whole=0)
     packed = pickle.dumps(cache)
     assert len(packed) < 1000  # a path, not the maps
-    np.testing.assert_array_equal(pickle.loads(packed).moments(ROWS)[0], cache.moments(ROWS)[0])
+    np.testing.assert_array_equal(pickle.loads(packed).moments(ROWS), cache.moments(ROWS))
 
 
 def test_the_manifest_says_what_the_cache_depends_on(tmp_path):
@@ -184,7 +194,8 @@ def test_mirrors_are_encodings_of_mirrored_images(tmp_path, read_whole):
     mirrored = np.array([True, False, True, True, False, False])
     images = IMAGES[torch.from_numpy(ROWS)]
     seen = torch.where(torch.from_numpy(mirrored)[:, None, None, None], images.flip(-1), images)
-    for got, wanted in zip(LatentCache(tmp_path, read_whole).moments(ROWS, mirrored), encode(seen), strict=True):
+    found = LatentCache(tmp_path, read_whole).moments(ROWS, mirrored)
+    for got, wanted in zip(found.swapaxes(0, 1), encode(seen), strict=True):
         np.testing.assert_array_equal(got, wanted.numpy())
     straight, _ = encode(images)
     assert not np.array_equal(encode(images.flip(-1))[0], straight.flip(-1))  # so a flipped latent would not do
@@ -194,7 +205,7 @@ def test_mirrors_are_encodings_of_mirrored_images(tmp_path, read_whole):
 def test_pixels_come_back_as_minus_one_to_one(tmp_path, read_whole):
     meta = replace(META, latent_shape=(3, 4, 4), dtype="uint8", scale=(1.0,) * 3, shift=(0.0,) * 3, mirrors=True)
     prepare(tmp_path, encoder=None, meta=meta)
-    assert map_safetensors(tmp_path / "moments-00000.safetensors")["images"].nbytes == 4 * 48  # mirrors need no room
+    assert stored(tmp_path / "moments-00000.safetensors")["images"].nbytes == 4 * 48  # mirrors need no room
     mirrored = np.arange(6) % 2 == 0
     got = LatentCache(tmp_path, read_whole).images(ROWS, mirrored)
     wanted = IMAGES[torch.from_numpy(ROWS)].float() / 127.5 - 1
@@ -360,6 +371,16 @@ def test_shards_carry_the_hash_of_their_data(tmp_path):
     assert card_of(file)["sha256"] == hashlib.sha256(content[start:]).hexdigest()
 
 
+def test_a_cache_in_another_format_is_refused(tmp_path):
+    manifest = prepare(tmp_path)
+    del manifest["format"]  # as the first format had none
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"format 1; this version reads format 2.*prepare the data again"):
+        LatentCache(tmp_path)
+    with pytest.raises(ValueError, match="format 1"):
+        prepare(tmp_path)
+
+
 def test_altered_labels_are_noticed(tmp_path):
     prepare(tmp_path)
     np.save(tmp_path / "labels.npy", np.roll(np.load(tmp_path / "labels.npy"), 1))
@@ -370,11 +391,8 @@ def test_altered_labels_are_noticed(tmp_path):
 def test_the_first_batch_of_a_large_cache_opens_no_more_shards_than_it_has_samples(tmp_path):
     """1.28 million entries in 1,251 sparse shards of the size they have on disk."""
     count, rows, shape = 1_281_167, 1024, (4, 32, 32)
-    head = {
-        name: {"dtype": "F16", "shape": [rows, *shape], "data_offsets": [k * rows * 8192, (k + 1) * rows * 8192]}
-        for k, name in enumerate(("mean", "logvar", "mirror_mean", "mirror_logvar"))
-    }
-    header = json.dumps(head).encode()
+    moments = {"dtype": "F16", "shape": [rows, 2, 2, *shape], "data_offsets": [0, 4 * rows * 8192]}
+    header = json.dumps({"moments": moments}).encode()
     shards = []
     for k in range(count // rows):
         file = tmp_path / f"moments-{k:05d}.safetensors"
@@ -385,8 +403,9 @@ def test_the_first_batch_of_a_large_cache_opens_no_more_shards_than_it_has_sampl
     count = len(shards) * rows
     np.save(tmp_path / "labels.npy", np.arange(count) % 1000)
     manifest = {
-        "data": "imagenet256", "count": count, "num_classes": 1000, "classes": [], "latent_shape": shape,
-        "fingerprint": "large", "dtype": "float16", "mirrors": True, "scale": [0.18215] * 4, "shift": [0.0] * 4,
+        "format": FORMAT, "data": "imagenet256", "count": count, "num_classes": 1000, "classes": [],
+        "latent_shape": shape, "fingerprint": "large",
+        "dtype": "float16", "mirrors": True, "scale": [0.18215] * 4, "shift": [0.0] * 4,
         "shard_rows": rows, "labels_sha256": file_sha256(tmp_path / "labels.npy"), "shards": shards,
     }  # fmt: skip
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
