@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
     latents: Tensor  # (B,C,H,W) float32, scaled
     labels: Tensor  # (B,) int64
-    positions: Tensor  # (B,) int64, global samples consumed before this one
+    positions: Tensor  # (B,) int64, global samples consumed before this one; stays on the CPU
 
 
 @dataclass(frozen=True)
@@ -280,6 +280,12 @@ class LatentDataModule(L.LightningDataModule):
             )
         stream = LatentStream(self.cache, self.seed, self.batch_size, rank, world_size, accumulate, start)
         return DataLoader(stream, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Latents and labels, without a wait for the device; positions are read on the CPU."""
+        return batch._replace(
+            latents=batch.latents.to(device, non_blocking=True), labels=batch.labels.to(device, non_blocking=True)
+        )
 
     # --- resume: the trainer's step says where to go on, the checkpoint says what the order was made from ----------
 

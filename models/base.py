@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.layers import Block
-from models.noise import START, TRAIN, StepNoise, normal, philox
+from models.noise import START, TRAIN, StepNoise, normal, philox, to_device
 from models.process import build_process
 from models.recipe import Recipe, SamplerConfig
 from models.s4d import ssm_parameters
@@ -123,14 +123,14 @@ class DiffusionModule(L.LightningModule):
             generator = philox(self.seed, position, TRAIN)
             uniforms.append(generator.random(2))
             eps.append(generator.standard_normal(batch.latents.shape[1:], dtype=np.float32))
-        device = batch.latents.device
+        device = batch.latents.device  # the positions are on the CPU, or reading them would wait for the device
         u_t, u_drop = torch.from_numpy(np.stack(uniforms)).T  # (B,) each, float64
-        noise = torch.from_numpy(np.stack(eps)).to(device)
+        noise = to_device(torch.from_numpy(np.stack(eps)), device)
         labels = batch.labels if self.spec.num_classes else None
         if labels is not None and self.spec.null_label:
-            dropped = (u_drop < self.recipe.label_dropout).to(device)
+            dropped = to_device(u_drop < self.recipe.label_dropout, device)
             labels = torch.where(dropped, self.spec.num_classes, labels)
-        t = self.process.timesteps(u_t).to(device)
+        t = to_device(self.process.timesteps(u_t), device)
         return (lambda x, time: self.backbone(x, time, labels)), batch.latents, t, noise
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -173,7 +173,7 @@ class DiffusionModule(L.LightningModule):
         Sample i depends on (seed, i) and its label alone. cfg_scale 1 is unguided: eps_u + cfg_scale (eps_c - eps_u).
         """
         shape = (self.spec.in_channels, self.spec.latent_size, self.spec.latent_size)
-        x = normal(seed, indices, shape, START).to(self.device)
+        x = to_device(normal(seed, indices, shape, START), self.device)
         labels = labels.to(self.device) if labels is not None else None
         denoiser = guided(cast(Backbone, self.backbone), labels, cfg_scale=cfg_scale, cfg_channels=cfg_channels)
         return run_sampler(sampler, self.process, denoiser, x, StepNoise(seed, indices, shape, self.device))

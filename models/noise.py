@@ -28,6 +28,13 @@ def normal(seed: int, indices: Sequence[int], shape: Sequence[int], stream: int)
     return torch.from_numpy(np.stack(rows))
 
 
+def to_device(values: Tensor, device: torch.device | str) -> Tensor:
+    """A copy on `device`, for which a CUDA device is not waited: what it still has to do goes on meanwhile."""
+    if torch.device(device).type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
 def iid_labels(seed: int, indices: Sequence[int], num_classes: int) -> Tensor:
     """Labels uniform and independent per index, as DiT and ADM draw them -> (len(indices),) int64."""
     return torch.tensor([int(philox(seed, int(i), LABEL).integers(num_classes)) for i in indices])
@@ -46,4 +53,4 @@ class StepNoise:
     def __call__(self) -> Tensor:
         """-> (B, *shape) float32, the next step's noise."""
         rows = [g.standard_normal(self.shape, dtype=np.float32) for g in self.generators]
-        return torch.from_numpy(np.stack(rows)).to(self.device)
+        return to_device(torch.from_numpy(np.stack(rows)), self.device)

@@ -1,6 +1,6 @@
 """Samplers and guidance: from noise to latents with a trained backbone.
 
-`step_noise()` is called once per step of a stochastic sampler, used or not, so that a stored run keeps its noise.
+`step_noise()` is called once per step of a stochastic sampler, for DDPM's last step too, which adds none.
 Scalars of a schedule stay on the CPU; only x and the network's time live on the device.
 """
 
@@ -94,7 +94,8 @@ def ddpm(config: SamplerConfig, process: IDDPM, denoiser: Denoiser, x: Tensor, s
 def ddim(config: SamplerConfig, process: IDDPM, denoiser: Denoiser, x: Tensor, step_noise: StepNoise) -> Tensor:
     """DDIM with noise level eta: 0 deterministic, 1 DDPM-like (DDIM eq. 12 and 16)."""
     for k in reversed(range(process.num_timesteps)):
-        x = ddim_step(process, denoiser, x, k, k - 1, config.eta, step_noise(), config.clip_denoised)
+        noise = step_noise() if config.eta else 0.0
+        x = ddim_step(process, denoiser, x, k, k - 1, config.eta, noise, config.clip_denoised)
     return x
 
 

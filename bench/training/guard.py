@@ -97,8 +97,9 @@ def _samples(parts: list[MicroBatch], trainer: L.Trainer) -> list[dict[str, Any]
     def gather(name: str, values: list[Tensor]) -> None:
         columns[name] = trainer.strategy.all_gather(torch.cat(values)).flatten().tolist()
 
-    gather("position", [part.positions for part in parts])
-    gather("process", [torch.full_like(part.positions, trainer.global_rank) for part in parts])
+    positions = [part.positions.to(trainer.strategy.root_device) for part in parts]
+    gather("position", positions)
+    gather("process", [torch.full_like(part, trainer.global_rank) for part in positions])
     gather("t", [part.t for part in parts])
     for name in parts[0].losses:
         gather(name, [part.losses[name] for part in parts])

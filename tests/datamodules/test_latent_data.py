@@ -204,6 +204,14 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(data, world_size, accum
         data.loader(world_size=world_size, accumulate=accumulate)
 
 
+def test_positions_stay_on_the_cpu(data):
+    """Reading them off the device would wait for all it still has to do."""
+    batch = next(iter(data.loader()))
+    moved = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert [part.device.type for part in moved] == ["meta", "meta", "cpu"]
+    assert torch.equal(moved.positions, batch.positions) and moved.latents.shape == batch.latents.shape
+
+
 def test_a_trainer_is_needed_for_its_loader(data):
     with pytest.raises(ValueError, match=r"no trainer yet.*loader\(\)"):
         data.train_dataloader()
