@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.layers import Block
-from models.noise import START, TRAIN, StepNoise, normal, philox, to_device
+from models.noise import START, TRAIN, StepNoise, normal, streams, to_device
 from models.process import build_process
 from models.recipe import Recipe, SamplerConfig
 from models.s4d import ssm_parameters
@@ -118,14 +118,13 @@ class DiffusionModule(L.LightningModule):
 
     def training_inputs(self, batch: Any) -> tuple[Any, Tensor, Tensor, Tensor]:
         """Batch -> (denoiser, latents (B,C,H,W), t (B,), eps (B,C,H,W)), labels dropped and bound to the denoiser."""
-        uniforms, eps = [], []
-        for position in batch.positions.tolist():
-            generator = philox(self.seed, position, TRAIN)
-            uniforms.append(generator.random(2))
-            eps.append(generator.standard_normal(batch.latents.shape[1:], dtype=np.float32))
-        device = batch.latents.device  # the positions are on the CPU, or reading them would wait for the device
-        u_t, u_drop = torch.from_numpy(np.stack(uniforms)).T  # (B,) each, float64
-        noise = to_device(torch.from_numpy(np.stack(eps)), device)
+        device, positions = batch.latents.device, batch.positions.tolist()  # these are on the CPU, so nothing waits
+        uniforms, eps = np.empty((len(positions), 2)), np.empty(batch.latents.shape, np.float32)
+        for draw, row, generator in zip(uniforms, eps, streams(self.seed, positions, TRAIN), strict=True):
+            generator.random(out=draw)
+            generator.standard_normal(dtype=np.float32, out=row)
+        u_t, u_drop = torch.from_numpy(uniforms).T  # (B,) each, float64
+        noise = to_device(torch.from_numpy(eps), device)
         labels = batch.labels if self.spec.num_classes else None
         if labels is not None and self.spec.null_label:
             dropped = to_device(u_drop < self.recipe.label_dropout, device)
