@@ -21,8 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 from bench import registry
 from bench.budget import BudgetConfig
 from bench.errors import UserError
+from bench.sweeps.points import flatten
 from datamodules.base import MACHINE_FIELDS, DataConfig
-from models.recipe import Recipe, SamplerConfig, require, require_positive
+from models.recipe import Recipe, SamplerConfig, recipe_title, require, require_positive
 
 WANDB_PROJECT = "isodiff"
 PAPER = "paper"  # use.recipe: paper = the recipe the architecture's paper published; it has no YAML file
@@ -135,6 +136,12 @@ class RunConfig:
         }
         trained["data"] = {key: value for key, value in trained["data"].items() if key not in MACHINE_FIELDS}
         return _plain(trained | {"architecture": self.use.model, "precision": self.trainer.precision})
+
+    @property
+    def recipe_title(self) -> str:
+        """The recipe's name, and what the file of the run or the command line set otherwise."""
+        named, own = (flatten(_plain(asdict(recipe))) for recipe in (named_recipe(self.use, self.model), self.recipe))
+        return recipe_title(self.use.recipe, {key: value for key, value in own.items() if value != named[key]})
 
     @property
     def run_id(self) -> str:
@@ -320,6 +327,14 @@ def build_run(layers: list[tuple[str, dict[str, Any]]]) -> RunConfig:
         return config
     except ValueError as error:
         raise UserError(f"{_origin(str(error), [*below, *layers])}: {error}") from None
+
+
+def named_recipe(use: UseConfig, model: Any) -> Recipe:
+    """The recipe `use.recipe` as it stands in its file, or as the paper has it for the size of `model`."""
+    if use.recipe == PAPER:
+        return registry.architecture(use.model).module.recipe_for(model)
+    path = registry.config_file("recipe", use.recipe)
+    return OmegaConf.to_object(_merge(OmegaConf.structured(Recipe), read_yaml(path), path.name))  # type: ignore
 
 
 def model_config(architecture: Any, layers: list[tuple[str, dict[str, Any]]]) -> Any:

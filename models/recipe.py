@@ -6,7 +6,10 @@ recipe of its paper (`paper_recipe`); `configs/recipe/shared.yaml` gives one to 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 PROCESSES = ("iddpm", "vp", "sd_discrete")
 SAMPLERS = {  # sampler -> processes it is defined for
@@ -124,3 +127,16 @@ class Recipe:
         for key in ("ema_decay", "label_dropout"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"recipe.{key} is {getattr(self, key)}; it must lie in [0, 1).")
+
+
+def recipe_title(name: str, changes: Mapping[str, Any]) -> str:
+    """'paper', or with what was set otherwise by dotted key: 'paper with batch_size=64, optimizer.lr=0.0003'.
+
+    Settings of sampling are left out: they change no weights, and a score's protocol has them.
+    """
+    told = [
+        f"{key}={json.dumps(value)}"
+        for key, value in sorted(changes.items())
+        if not key.startswith("sampler.") and key != "cfg_channels"
+    ]
+    return f"{name} with {', '.join(told)}" if told else name

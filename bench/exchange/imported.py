@@ -79,6 +79,7 @@ def import_run(path: Path, claim: Claim, overrides: list[str]) -> Path:
         directory,
         "finished",
         steps=run.budget.steps,
+        recipe=config.recipe_title,
         images_seen=run.budget.images,
         train_gflops=run.budget.train_gflops,
         imported=source,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -11,7 +13,7 @@ from bench import budget as budgets
 from bench.plans.plan import GPUS_A_NODE, RunPlan
 from bench.sweeps.points import flatten
 from bench.tables.counted import counted
-from bench.tables.own_rows import COUNT_TOLERANCE
+from bench.tables.own_rows import COUNT_TOLERANCE, origin, run_record
 from bench.tables.specs import RUN_FILE, PaperRun
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -33,15 +35,17 @@ def evaluate_commands(plan: RunPlan, directory: str, given: dict[str, str]) -> l
 
 
 def find_run(run: PaperRun, runs: Path, given: dict[str, str]) -> tuple[Path, str] | None:
-    """(directory, state) of a run of these settings, by its config.yaml and the Gflops on its record."""
+    """(directory, state) of a run of these settings, by its config.yaml, and the recipe and Gflops on its record."""
     wanted = {key: value for key, value in run.point.items() if value is not None}
     wanted |= {"seed": int(given.get("seed", 0)), "data.autoencoder": run.decoder}
     for path in sorted(runs.glob(f"{run_stem(run)}-*/config.yaml")):
-        flat, gflops = flatten(yaml.load(path.read_text(), LOADER)), _gflops(path.parent)
+        flat, record = flatten(yaml.load(path.read_text(), LOADER)), run_record(path.parent)
         # Settings of the model that the table does not name must be the size's own: they would cost otherwise.
+        gflops = _gflops(path.parent, record)
         same = gflops is not None and abs(gflops / counted(run).gflops - 1) < COUNT_TOLERANCE
+        same &= record.get("recipe", run.recipe_title) == run.recipe_title
         if same and all(flat.get(key) == value for key, value in wanted.items()):
-            return path.parent, _state(path.parent)
+            return path.parent, _state(path.parent, record)
     return None
 
 
@@ -50,24 +54,21 @@ def run_stem(run: PaperRun) -> str:
     return f"{run.model}-{run.size.replace('/', '-')}-{run.data}".lower()
 
 
-def _gflops(directory: Path) -> float | None:
+def _gflops(directory: Path, record: Mapping[str, Any]) -> float | None:
     """Of one forward, from what run.json, or the first line of metrics.jsonl, says was spent; None before both."""
-    for name in ("run.json", "metrics.jsonl"):
-        path = directory / name
-        text = path.read_text() if path.exists() else ""
-        values = json.loads((text if name == "run.json" else text.partition("\n")[0]) or "{}")
+    log = directory / "metrics.jsonl"
+    first = log.read_text().partition("\n")[0] if log.exists() else ""
+    for values in (record, json.loads(first or "{}")):
         if values.get("images_seen") and values.get("train_gflops"):
             return values["train_gflops"] / budgets.FORWARDS_PER_STEP / values["images_seen"]
     return None
 
 
-def _state(directory: Path) -> str:
-    record = directory / "run.json"
-    values = json.loads(record.read_text()) if record.exists() else {}
-    if values.get("imported"):
-        return str(values["imported"]["weights"]).partition(",")[0]
+def _state(directory: Path, record: Mapping[str, Any]) -> str:
+    if record.get("imported"):
+        return origin(record)
     checkpoints = list((directory / "checkpoints").glob("*.ckpt"))
-    return "no checkpoint" if not checkpoints else "trained" if values.get("state") == "finished" else "begun"
+    return "no checkpoint" if not checkpoints else "trained" if record.get("state") == "finished" else "begun"
 
 
 def device_settings(gpus: int, given: dict[str, str]) -> list[str]:

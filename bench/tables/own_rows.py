@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.metrics import METRICS, column
 from bench.store import Result
@@ -26,8 +27,8 @@ SCORES = {
 }
 MATCHED = (
     "Rows of ours: results of EMA weights under protocol fid50k (50,000 samples, ADM's Inception in float32) whose "
-    "model, size, data, recipe, decoder, sampler, steps and guidance are those of the row, with its parameters and "
-    "Gflops within 0.1 % and its images seen within 1 %."
+    "model, size, data, recipe with all its values, decoder, sampler, steps and guidance are those of the row, with "
+    "its parameters and Gflops within 0.1 % and its images seen within 1 %."
 )
 
 
@@ -52,12 +53,12 @@ def decimals(key: str) -> int:
     return METRICS[key].decimals
 
 
-def mismatches(result: Result, run: PaperRun, place: Place) -> list[str]:
-    """Why a result does not belong to a place; nothing if it does."""
+def mismatches(result: Result, record: Mapping[str, Any], run: PaperRun, place: Place) -> list[str]:
+    """Why a result, of a run with that run.json, does not belong to a place; nothing if it does."""
     cost, p = counted(run), result.protocol
     images = run.images(cost.gflops)
     same = {
-        "recipe": (result.recipe, run.recipe),
+        "recipe": (record.get("recipe", result.recipe), run.recipe_title),
         "weights": (result.weights, "ema"),
         "protocol": (p.get("name"), PROTOCOL),
         "samples": (p.get("num_samples"), SAMPLES),
@@ -90,14 +91,15 @@ def find_own(spec: TableSpec, results: Iterable[Result], runs: Path) -> tuple[li
     rows, strangers = [], dict[str, str]()
     unique = {(row.run_id, row.steps, row.weights, json.dumps(row.protocol, sort_keys=True)): row for row in results}
     for result in unique.values():
+        record = run_record(runs / result.run_id)
         tried: list[tuple[bool, list[str]]] = []  # (another guidance, reasons)
         for place in spec.rows:
             run = spec.runs[place.run] if place.run else None
             if run is None or (run.model, run.size, run.data) != (result.model, result.size, result.data):
                 continue
-            reasons = mismatches(result, run, place)
+            reasons = mismatches(result, record, run, place)
             if not reasons:
-                rows.append(OwnRow(place, result, origin(runs / result.run_id)))
+                rows.append(OwnRow(place, result, origin(record)))
             tried.append((place.cfg_scale != result.protocol["cfg_scale"], reasons))
         _, nearest = min(tried, key=lambda entry: (entry[0], len(entry[1])), default=(False, []))
         if nearest:
@@ -107,8 +109,13 @@ def find_own(spec: TableSpec, results: Iterable[Result], runs: Path) -> tuple[li
     return rows, [text for run_id, text in strangers.items() if run_id not in {row.result.run_id for row in rows}]
 
 
-def origin(directory: Path) -> str:
-    """'official weights' and the like of an imported run, 'ours' of one that was trained here."""
-    path = directory / "run.json"
-    imported = json.loads(path.read_text()).get("imported", {}) if path.exists() else {}
+def origin(record: Mapping[str, Any]) -> str:
+    """'official weights' and the like of an imported run, 'ours' of one that was trained here, by its run.json."""
+    imported = record.get("imported")
     return str(imported["weights"]).partition(",")[0] if imported else "ours"
+
+
+def run_record(directory: Path) -> dict[str, Any]:
+    """A run's run.json; nothing where only its results are left."""
+    path = directory / "run.json"
+    return json.loads(path.read_text()) if path.exists() else {}

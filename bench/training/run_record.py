@@ -2,7 +2,7 @@
 
 state      means                                                                beside it
 queued     a job for it waits                                                   error: "" or of the last start
-running    a process trains it; one that was killed leaves this: see `alive`    steps (of the budget), pid, host, since
+running    a process trains it; one that was killed leaves this: see `alive`    steps (of the budget), recipe, pid, host
 preempted  interrupted, and the same command goes on                            the same
 failed     ended by an error                                                    the same, error
 finished   trained to the end of its budget                                     what the training came to
@@ -49,8 +49,10 @@ class RunRecord:
         return record.get("host") != socket.gethostname() or is_held(self.lock)
 
     @contextmanager
-    def training(self, steps: int) -> Iterator[None]:
+    def training(self, steps: int, recipe: str) -> Iterator[None]:
         """The run is running while the block lasts; preempted or failed where the block ends early.
+
+        `recipe` is its title: what tables and plans know a run's recipe by.
 
         Raises: UserError if another process trains it.
         """
@@ -63,7 +65,8 @@ class RunRecord:
                 )
             if is_main_process():
                 since = datetime.now(UTC).isoformat(timespec="seconds")
-                self.write("running", steps=steps, pid=os.getpid(), host=socket.gethostname(), since=since)
+                about = {"steps": steps, "recipe": recipe, "pid": os.getpid(), "host": socket.gethostname()}
+                self.write("running", **about, since=since)
             try:
                 yield
             except Paused:

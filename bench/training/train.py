@@ -103,7 +103,7 @@ def train(
         return final
     budget = run.budget
     say(f"{config.run_id}: {budget.steps} steps x {config.recipe.batch_size} images, {budget.train_gflops:.4g} Gflops")
-    with RunRecord(directory).training(budget.steps):
+    with RunRecord(directory).training(budget.steps, config.recipe_title):
         return _fit(config, run, data, tracker, group, stop_at)
 
 
@@ -159,6 +159,7 @@ def _fit(config: RunConfig, run: Plan, data: Data, tracker: Tracker | None, grou
         directory,
         "finished",
         steps=steps,
+        recipe=config.recipe_title,
         images_seen=run.budget.images,
         train_gflops=run.budget.train_gflops,
         latents=data.fingerprint,

@@ -26,6 +26,20 @@ def test_paper_recipe_follows_the_size():
     assert huge.recipe.batch_size == 8
 
 
+@pytest.mark.parametrize(
+    "overrides, title",
+    [
+        (["use.recipe=paper", "use.model=uvit", "model.size=H/2"], "paper"),  # this size has a recipe of its own
+        (["use.recipe=paper", "recipe.optimizer.lr=3e-4"], "paper with optimizer.lr=0.0003"),
+        (["recipe.optimizer.lr=1e-4", "recipe.sampler.steps=50"], "shared"),  # what it was; what changes no weights
+        (["recipe.batch_size=64", "recipe.optimizer.betas=[0.9,0.95]"],
+         "shared with batch_size=64, optimizer.betas=[0.9, 0.95]"),
+    ],
+)  # fmt: skip
+def test_the_title_of_a_recipe_says_what_differs_from_its_name(overrides, title):
+    assert load_run("imagenet256", overrides).recipe_title == title
+
+
 def test_run_id_changes_with_what_is_trained_only():
     base = load_run("digits").run_id
     for same in ("trainer.devices=2", "paths.runs=elsewhere", "eval.num_samples=7", "tracking=off"):

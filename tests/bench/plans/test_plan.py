@@ -126,7 +126,7 @@ def begun(tmp_path):
 
     def write(name: str, gflops: float, **record: object) -> Path:
         directory = tmp_path / f"dit-s-8-imagenet256-{name}"
-        (directory / "checkpoints").mkdir(parents=True)
+        (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
         config = load_run("imagenet256", run.overrides)
         (directory / "config.yaml").write_text(config.to_yaml())
         (directory / "metrics.jsonl").write_text(
@@ -146,6 +146,8 @@ def test_what_is_here_is_told_by_looking(begun, tmp_path):
     assert find_run(run, tmp_path, {}) is None
     trained = begun("bbbb", 0.358, state="finished")
     assert find_run(run, tmp_path, {}) == (trained, "trained")
+    begun("bbbb", 0.358, state="finished", recipe="paper with optimizer.lr=0.0003")
+    assert find_run(run, tmp_path, {}) is None
 
 
 def test_imported_weights_are_found_as_such(begun, tmp_path):

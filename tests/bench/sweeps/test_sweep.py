@@ -251,7 +251,7 @@ def test_states_follow_run_json_metrics_and_results(write, make_result):
     assert (found[running].steps, found[running].seconds_left) == (2, 4.0)  # 16 images left at 4 a second
     assert found[failed].error == "no such file" and "no such file" in table(sweep)
     by_hand = RunRecord(root / running)
-    with by_hand.training(steps=4):
+    with by_hand.training(steps=4, recipe="digits"):
         assert (states(sweep)[running].state, states(sweep)[running].alive) == ("running", True)
         by_hand.write("running", host=socket.gethostname())
     assert states(sweep)[running].state == "preempted"  # killed: it says running, but nobody holds its lock

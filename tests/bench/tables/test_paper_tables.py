@@ -203,6 +203,16 @@ def test_a_result_that_differs_is_no_row_and_the_difference_is_named(dit_xl, cha
     assert len(strangers) == 1 and reason in strangers[0]
 
 
+def test_a_result_of_a_changed_recipe_is_no_row(dit_xl, tmp_path):
+    directory = tmp_path / dit_xl.run_id
+    directory.mkdir()
+    for recipe, found in (("paper", 1), ("paper with optimizer.lr=0.0003", 0)):
+        (directory / "run.json").write_text(json.dumps({"recipe": recipe}))
+        own, strangers = find_own(load_table("dit-imagenet256"), [dit_xl], tmp_path)
+        assert len(own) == found
+    assert "recipe paper with optimizer.lr=0.0003, not paper" in strangers[0]
+
+
 def test_a_result_of_several_comparisons_is_one_row(dit_xl):
     own, _ = find_own(load_table("dit-imagenet256"), [dit_xl, replace(dit_xl, comparison="other")], Path("runs"))
     assert len(own) == 1
