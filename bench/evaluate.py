@@ -141,7 +141,7 @@ def evaluate(
         title=registry.architecture(config.use.model).title,
         size=config.model.size,
         data=config.use.data,
-        recipe=config.use.recipe,
+        recipe=config.recipe_title,
         weights="ema" if step else "untrained",
         seed=config.seed,
         steps=step,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from bench.console import is_main_process, say
 from bench.errors import UserError
 from bench.files import short_digest
 from datamodules.base import DataSet, LatentDataModule
-from datamodules.cache import MANIFEST, PIXELS, CacheMeta, read_manifest
+from datamodules.cache import FORMAT, MANIFEST, PIXELS, CacheMeta, OtherFormat, read_manifest
 from datamodules.prepare import ImageSource, prepare_cache
 from datamodules.processes import Processes, require_launched, wait_for
 from datamodules.sources import skipped_of
@@ -55,10 +56,15 @@ class Data:
         return read_manifest(self.latents)["fingerprint"]
 
     def module(self, config: RunConfig) -> LatentDataModule:
-        """The data module of one run: its batch size and seed decide the order of training."""
-        return self.dataset.module(
-            self.latents, batch_size=config.recipe.batch_size, seed=config.seed, num_workers=config.data.num_workers
-        )
+        """The data module of one run: its batch size and seed decide the order of training.
+
+        Raises: UserError if the latents are damaged.
+        """
+        batch_size, workers = config.recipe.batch_size, config.data.num_workers
+        try:
+            return self.dataset.module(self.latents, batch_size=batch_size, seed=config.seed, num_workers=workers)
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -140,18 +146,23 @@ def finished_caches(config: RunConfig) -> list[Path]:
     """Caches made by these settings, of the raw images at data.root, or of any where that is not given."""
     asked, root = request(config), _root(config)
     found = []
-    for file in sorted(_folder(config).glob(f"latents-*/{MANIFEST}")):
-        manifest = read_manifest(file.parent)
-        if manifest["request"] == asked and root in (None, manifest["root"]):
-            found.append(file.parent)
+    for file in _manifests(config):
+        with suppress(OtherFormat):  # which stands in nobody's way: a new one has another folder
+            manifest = read_manifest(file.parent)
+            if manifest["request"] == asked and root in (None, manifest["root"]):
+                found.append(file.parent)
     return found
 
 
 def require_raw(config: RunConfig) -> None:
     """Raises: ValueError if there is no data.root, but caches of other settings, which it names."""
     asked, others = request(config), []
-    for file in sorted(_folder(config).glob(f"latents-*/{MANIFEST}")):
-        made = read_manifest(file.parent)["request"]
+    for file in _manifests(config):
+        try:
+            made = read_manifest(file.parent)["request"]
+        except OtherFormat:
+            others.append(f"{file.parent.name} (of another version of this program)")
+            continue
         differing = [f"{key} {made.get(key)}, not {asked[key]}" for key in asked if made.get(key) != asked[key]]
         others.append(f"{file.parent.name} ({', '.join(differing)})")
     if config.data.root is None and others:
@@ -159,6 +170,10 @@ def require_raw(config: RunConfig) -> None:
             f"{_folder(config)} has no latents of these settings, only: {'; '.join(others)}. Ask for those, or give "
             "data.root to encode the images anew."
         )
+
+
+def _manifests(config: RunConfig) -> list[Path]:
+    return sorted(_folder(config).glob(f"latents-*/{MANIFEST}"))
 
 
 def request(config: RunConfig) -> dict[str, Any]:
@@ -246,7 +261,7 @@ def _prepared(config: RunConfig) -> Data:
         "autoencoder_folder": weights,
         "input_range": [-1, 1],  # of the pixels that the encoder sees
     }
-    path = folder / f"latents-{short_digest(json.dumps([asdict(meta), settings.subset], sort_keys=True))}"
+    path = folder / f"latents-{short_digest(json.dumps([FORMAT, asdict(meta), settings.subset], sort_keys=True))}"
     autoencoder.to(_device(config))
     progress = is_main_process()
     prepare_cache(

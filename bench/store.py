@@ -73,7 +73,7 @@ class Result(Row):
     title: str  # as papers write it: DiT, U-ViT, DiffuSSM
     size: str
     data: str
-    recipe: str
+    recipe: str  # its name, and what was set otherwise: 'paper with optimizer.lr=0.0003'
     weights: str  # ema | untrained
     seed: int  # of training
     steps: int

@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ import numpy as np
 import safetensors.numpy
 import torch
 
-from datamodules.mapping import MappedFiles
+from datamodules.mapping import MappedRows
 
 MANIFEST, LABELS = "manifest.json", "labels.npy"
 CARD = "isodiff"  # the entry of a shard's header
 FORMAT = 2  # of shards; 1 kept mean and log variance in tensors of their own
 READ_WHOLE = 256 * 2**20  # bytes; smaller caches are read into memory, larger ones memory-mapped
 PIXELS = "uint8"  # dtype of a cache in pixel space
+DTYPES = {"float16": "F16", "float32": "F32", "uint8": "U8"}  # -> safetensors' names
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,18 @@ class CacheMeta:
     @property
     def tensor(self) -> str:
         """Name of what a shard holds beside the labels."""
-        return "images" if self.dtype == PIXELS else "moments"
+        return _stored(self.dtype, self.mirrors, self.latent_shape)[0]
 
     @property
     def row_bytes(self) -> int:
         """Of one image in a shard, with its label."""
-        values = math.prod(self.latent_shape) * (1 if self.dtype == PIXELS else 2 * (1 + self.mirrors))
-        return values * np.dtype(self.dtype).itemsize + 8
+        _, shape = _stored(self.dtype, self.mirrors, self.latent_shape)
+        return math.prod(shape) * np.dtype(self.dtype).itemsize + 8
+
+
+def _stored(dtype: str, mirrors: bool, latent_shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """Name of a shard's tensor, and its shape for one image: images (3,H,W), or moments (V,2,C,H,W)."""
+    return ("images", tuple(latent_shape)) if dtype == PIXELS else ("moments", (1 + mirrors, 2, *latent_shape))
 
 
 class LatentCache:
@@ -97,19 +104,22 @@ class LatentCache:
         if not (labels.exists() and file_sha256(labels) == manifest["labels_sha256"]):
             raise damaged(labels)
         self.labels = torch.from_numpy(np.load(labels))  # (N,) int64
-        self._tensor = "images" if self.pixels else "moments"
-        self._views = 1 if self.pixels else 1 + self.mirrors
-        self._shape = self.latent_shape if self.pixels else (2, *self.latent_shape)  # of a view
-        self._whole: np.ndarray | None = None  # (N V, *shape)
+        name, shape = _stored(manifest["dtype"], self.mirrors, self.latent_shape)
+        self._views, self._shape = (1, shape) if self.pixels else (shape[0], shape[1:])  # of a view
+        view_bytes = math.prod(self._shape) * np.dtype(manifest["dtype"]).itemsize
+        self._stored: np.ndarray | MappedRows  # views as void of `view_bytes`: those of row 0, of row 1, ...
         if sum(shard["bytes"] for shard in manifest["shards"]) <= read_whole:
-            parts = [verified(file, shard["sha256"]) for file, shard in zip(files, manifest["shards"], strict=True)]
-            self._whole = np.concatenate([part[self._tensor] for part in parts]).reshape(-1, *self._shape)
+            parts = [read_shard(self.path, manifest, k)[name] for k in range(len(files))]
+            self._stored = np.concatenate(parts).reshape(-1).view(f"V{view_bytes}")
         else:
-            self._files = MappedFiles(files, [shard["bytes"] for shard in manifest["shards"]])
-            self._bytes = self._files.rows(math.prod(self._shape) * np.dtype(manifest["dtype"]).itemsize)
-            self._shard_views = manifest["shard_rows"] * self._views
-            self._offsets = np.zeros(len(files), np.int64)  # by shard: view x bytes of a view + this = where it begins
-            self._unmapped = set(range(len(files)))
+            self._stored = MappedRows(
+                files,
+                [shard["bytes"] for shard in manifest["shards"]],
+                count=self.count * self._views,
+                file_rows=manifest["shard_rows"] * self._views,
+                row_bytes=view_bytes,
+                begin=partial(begin_of_shard, self.path, manifest),
+            )
 
     def __reduce__(self) -> tuple:
         """Another process opens the files itself; a pickled memory map would carry all its bytes."""
@@ -131,37 +141,25 @@ class LatentCache:
         return pixels
 
     def _gather(self, views: np.ndarray) -> np.ndarray:
-        """Views by number: those of row 0, of row 1, ... -> (B, *shape) as cached."""
-        if self._whole is not None:
-            return self._whole.take(views, axis=0)
-        shards = views // self._shard_views
-        if self._unmapped:
-            for shard in self._unmapped.intersection(shards.tolist()):
-                self._map(shard)
-        rows = self._bytes[views * self._bytes.itemsize + self._offsets[shards]]  # (B,) void, copied
-        return rows.view(self.manifest["dtype"]).reshape(-1, *self._shape)
+        """Views by number -> (B, *shape) as cached."""
+        return self._stored.take(views).view(self.manifest["dtype"]).reshape(-1, *self._shape)
 
-    def _map(self, shard: int) -> None:
-        """Raises: ValueError if the file does not hold the views it should."""
-        file, size, before = self._files.files[shard], self._bytes.itemsize, shard * self._shard_views
-        header, start = _header(file)
-        views = min(self._shard_views, self.count * self._views - before)
-        first, stop = header.get(self._tensor, {}).get("data_offsets", (0, 0))
-        if stop - first != views * size or file.stat().st_size != self._files.sizes[shard]:
-            raise damaged(file)
-        self._files.map(shard)
-        self._offsets[shard] = self._files.starts[shard] + start + first - before * size
-        self._unmapped.remove(shard)
+
+class OtherFormat(ValueError):
+    """A cache of another version of this program."""
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises: ValueError if `path` holds no finished cache, or one in another format."""
+    """Raises: ValueError if `path` holds no finished cache; OtherFormat for one in another format."""
     file = Path(path) / MANIFEST
     if not file.exists():
         raise ValueError(f"{path} holds no latent cache ({MANIFEST} is missing). Prepare the data first.")
-    manifest = json.loads(file.read_text())
+    try:
+        manifest = json.loads(file.read_text())
+    except ValueError:
+        raise damaged(file) from None
     if (written := manifest.get("format", 1)) != FORMAT:
-        raise ValueError(
+        raise OtherFormat(
             f"The latent cache {path} is in format {written}; this version reads format {FORMAT}. Remove that folder "
             "and prepare the data again."
         )
@@ -180,34 +178,63 @@ def pack(tensors: Mapping[str, np.ndarray], fingerprint: str) -> bytes:
     tensors = dict(tensors)
     data = safetensors.numpy.save(tensors)
     sha256 = hashlib.sha256(memoryview(data)[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
-    card = {"fingerprint": fingerprint, "sha256": sha256, "statistics": statistics(tensors)}
+    card = {"format": FORMAT, "fingerprint": fingerprint, "sha256": sha256, "statistics": statistics(tensors)}
     return safetensors.numpy.save(tensors, {CARD: json.dumps(card)})  # several entries would come in random order
 
 
 def card_of(file: Path) -> dict[str, Any]:
-    """What `pack` wrote into the header: fingerprint, sha256, statistics. Raises: ValueError if the file is damaged."""
+    """What `pack` wrote into the header: format, fingerprint, sha256, statistics; {} if nothing.
+
+    Raises: ValueError if the file is damaged.
+    """
     header, _ = _header(file)
     return json.loads(header.get("__metadata__", {}).get(CARD, "{}"))
 
 
-def verified(file: Path, sha256: str) -> dict[str, np.ndarray]:
-    """The tensors of a shard, read whole. Raises: ValueError if its data have another hash."""
+def read_shard(path: Path, manifest: Mapping[str, Any], shard: int) -> dict[str, np.ndarray]:
+    """The tensors of a shard. Raises: ValueError if it is not as the manifest says, or its data have another hash."""
+    begin_of_shard(path, manifest, shard)
+    file = path / manifest["shards"][shard]["file"]
     _, start = _header(file)
     with file.open("rb") as stream:
         stream.seek(start)
-        if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != manifest["shards"][shard]["sha256"]:
             raise damaged(file)
     return safetensors.numpy.load_file(file)
 
 
+def begin_of_shard(path: Path, manifest: Mapping[str, Any], shard: int) -> int:
+    """Where in its file a shard's moments, or images, begin. Raises: ValueError if it is not as the manifest says."""
+    name, shape = _stored(manifest["dtype"], manifest["mirrors"], manifest["latent_shape"])
+    file, size = path / manifest["shards"][shard]["file"], manifest["shards"][shard]["bytes"]
+    wanted = [min(manifest["shard_rows"], manifest["count"] - shard * manifest["shard_rows"]), *shape]
+    header, start = _header(file)
+    try:
+        end = max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
+        first, stop = header[name]["data_offsets"]
+        right = (header[name]["dtype"], header[name]["shape"]) == (DTYPES[manifest["dtype"]], wanted)
+    except (KeyError, TypeError, ValueError):
+        raise damaged(file) from None
+    length = math.prod(wanted) * np.dtype(manifest["dtype"]).itemsize
+    if not (right and stop - first == length and start + end == size == file.stat().st_size):
+        raise damaged(file)
+    return start + first
+
+
 def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """Of a safetensors file: an 8-byte header length, a JSON header, the data -> the header, where the data begin."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            return json.loads(stream.read(min(length, file.stat().st_size))), 8 + length
-        except ValueError:
-            raise damaged(file) from None
+    """Of a safetensors file: an 8-byte header length, a JSON header, the data -> the header, where the data begin.
+
+    Raises: ValueError if there is no such file, or none of that format.
+    """
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, file.stat().st_size)))
+    except (FileNotFoundError, ValueError):
+        raise damaged(file) from None
+    if not isinstance(header, dict):
+        raise damaged(file)
+    return header, 8 + length
 
 
 def statistics(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -83,12 +83,7 @@ def prepare_cache(
     processes = processes or Processes()
     shard_rows = shard_rows or rows_of_a_shard(len(labels), meta.row_bytes)
     batch_size = batch_size or max(1, min(BATCH, BATCH_PIXELS // meta.resolution**2))
-    identity = {
-        "format": FORMAT,
-        **json.loads(json.dumps(asdict(meta))),
-        "count": len(labels),
-        "shard_rows": shard_rows,
-    }
+    identity = {**json.loads(json.dumps(asdict(meta))), "count": len(labels), "shard_rows": shard_rows}
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode() + labels.numpy().tobytes()).hexdigest()
     if (path / MANIFEST).exists():
         return _same_cache(path, identity, fingerprint)
@@ -201,11 +196,11 @@ def _stored(images: Tensor, encode: Encode, meta: CacheMeta) -> np.ndarray:
     moments = torch.stack([torch.stack(encode(view), dim=1) for view in views], dim=1).cpu()
     with np.errstate(over="ignore"):
         stored = moments.numpy().astype(meta.dtype)
-    for name, part, kept in zip(("mean", "logvar"), moments.unbind(2), stored.swapaxes(0, 2), strict=True):
-        if not np.isfinite(kept).all():
+    for k, name in enumerate(("mean", "logvar")):
+        if not np.isfinite(stored[:, :, k]).all():
             raise ValueError(
                 f"{meta.data}: autoencoder {meta.autoencoder} gave a {name} that {meta.dtype} does not hold "
-                f"({float(part.abs().max()):.3g} at most). Check its weights, or set data.dtype=float32."
+                f"({float(moments[:, :, k].abs().max()):.3g} at most). Check its weights, or set data.dtype=float32."
             )
     return stored
 
@@ -228,6 +223,7 @@ def _finish(
     with claimed(path / LABELS) as stream:
         np.save(stream, labels.numpy().astype(np.int64))
     manifest = {
+        "format": FORMAT,
         **known,
         "latents": latent_statistics([card["statistics"] for card in cards], meta.scale, meta.shift),
         "class_histogram": np.bincount(labels.numpy(), minlength=meta.num_classes).tolist() if meta.num_classes else [],
@@ -246,9 +242,10 @@ def _finish(
 def _made_by(file: Path, fingerprint: str) -> bool:
     """Whether a shard is there and belongs to this preparation; shards are renamed into place, so it is complete."""
     try:
-        return card_of(file).get("fingerprint") == fingerprint
-    except (FileNotFoundError, ValueError):
+        card = card_of(file)
+    except ValueError:
         return False
+    return (card.get("format"), card.get("fingerprint")) == (FORMAT, fingerprint)
 
 
 @contextmanager
@@ -272,8 +269,9 @@ def claimed(file: Path) -> Iterator[IO[bytes]]:
                 lock.flush()
                 os.fsync(lock.fileno())
                 temporary.replace(file)
-            finally:
+            except BaseException:
                 temporary.unlink(missing_ok=True)
+                raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ValueError(

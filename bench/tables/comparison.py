@@ -240,8 +240,11 @@ def _training(rows: Sequence[Result]) -> str:
 def latest(results: Sequence[Result]) -> list[Result]:
     """Of rows that share a comparison's name, those of the one scored last: its protocol, recipe, seed and budget."""
     newest = max(results, key=lambda row: row.created)
-    same = ("protocol", "data", "recipe", "batch_size", "seed")
-    alike = [row for row in results if all(getattr(row, key) == getattr(newest, key) for key in same)]
+
+    def shared(row: Result) -> tuple[Any, ...]:
+        return row.protocol, row.data, row.recipe.partition(" with ")[0], row.batch_size, row.seed
+
+    alike = [row for row in results if shared(row) == shared(newest)]
     last = {row.run_id: row for row in finals(alike)}
     groups = []
     for field in SPENT.values():

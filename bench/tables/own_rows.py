@@ -53,12 +53,12 @@ def decimals(key: str) -> int:
     return METRICS[key].decimals
 
 
-def mismatches(result: Result, record: Mapping[str, Any], run: PaperRun, place: Place) -> list[str]:
-    """Why a result, of a run with that run.json, does not belong to a place; nothing if it does."""
+def mismatches(result: Result, run: PaperRun, place: Place) -> list[str]:
+    """Why a result does not belong to a place; nothing if it does."""
     cost, p = counted(run), result.protocol
     images = run.images(cost.gflops)
     same = {
-        "recipe": (record.get("recipe", result.recipe), run.recipe_title),
+        "recipe": (result.recipe, run.recipe_title),
         "weights": (result.weights, "ema"),
         "protocol": (p.get("name"), PROTOCOL),
         "samples": (p.get("num_samples"), SAMPLES),
@@ -91,15 +91,14 @@ def find_own(spec: TableSpec, results: Iterable[Result], runs: Path) -> tuple[li
     rows, strangers = [], dict[str, str]()
     unique = {(row.run_id, row.steps, row.weights, json.dumps(row.protocol, sort_keys=True)): row for row in results}
     for result in unique.values():
-        record = run_record(runs / result.run_id)
         tried: list[tuple[bool, list[str]]] = []  # (another guidance, reasons)
         for place in spec.rows:
             run = spec.runs[place.run] if place.run else None
             if run is None or (run.model, run.size, run.data) != (result.model, result.size, result.data):
                 continue
-            reasons = mismatches(result, record, run, place)
+            reasons = mismatches(result, run, place)
             if not reasons:
-                rows.append(OwnRow(place, result, origin(record)))
+                rows.append(OwnRow(place, result, origin(run_record(runs / result.run_id))))
             tried.append((place.cfg_scale != result.protocol["cfg_scale"], reasons))
         _, nearest = min(tried, key=lambda entry: (entry[0], len(entry[1])), default=(False, []))
         if nearest:

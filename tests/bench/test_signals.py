@@ -56,19 +56,19 @@ def test_each_signal_saves_the_step_and_the_end_is_the_same(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for root in (whole, stopped):
         root.mkdir()
-    run(*words(whole, "budget.steps=60"), output=whole / "out.txt")
+    run(*words(whole, "budget.steps=200"), output=whole / "out.txt")
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        process, begin = start(*words(stopped, "budget.steps=60"), output=stopped / "out.txt"), logged(stopped)
+        process, begin = start(*words(stopped, "budget.steps=200"), output=stopped / "out.txt"), logged(stopped)
         wait(lambda begin=begin: logged(stopped) > begin + 2, process)
         os.kill(process.pid, signum)
         process.join()
         said = (stopped / "out.txt").read_text()
         assert process.exitcode == 128 + signum, said
         assert f"{signum.name}: finishing this step" in said and "The same command goes on" in said
-        assert saved_step(stopped) == logged(stopped) < 60
+        assert saved_step(stopped) == logged(stopped) < 200
         assert json.loads((directory(stopped) / "run.json").read_text())["state"] == "preempted"
-    run(*words(stopped, "budget.steps=60"), output=stopped / "out.txt")
-    assert_same_training(whole, stopped, 60)
+    run(*words(stopped, "budget.steps=200"), output=stopped / "out.txt")
+    assert_same_training(whole, stopped, 200)
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
@@ -101,7 +101,7 @@ def test_a_signal_during_the_imports_is_one_sentence(tmp_path, signum):
 @pytest.mark.distributed
 def test_one_process_then_two_then_one_see_the_same_batches(tmp_path):
     """Each is stopped by a signal, of two only the second one; the losses are those of one process all the way."""
-    whole, changed, budget = tmp_path / "whole", tmp_path / "changed", "budget.steps=60"
+    whole, changed, budget = tmp_path / "whole", tmp_path / "changed", "budget.steps=200"
     for root in (whole, changed):
         root.mkdir()
     run(*words(whole, budget), output=whole / "out.txt")
