@@ -117,7 +117,7 @@ def test_one_process_then_two_then_one_see_the_same_batches(tmp_path):
     _, err = two.communicate()
     assert two.returncode == 128 + signal.SIGUSR1, err
     checkpoint = torch.load(directory(changed) / "checkpoints" / "last.ckpt", weights_only=True)
-    assert alone + 4 < checkpoint["global_step"] == logged(changed) < 60
+    assert alone + 4 < checkpoint["global_step"] == logged(changed) < 200
     (order,) = (value for key, value in checkpoint.items() if "DataModule" in key)
     assert order["samples_consumed"] == 8 * checkpoint["global_step"]
     run(*words(changed, budget), output=changed / "out.txt")
