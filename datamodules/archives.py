@@ -97,7 +97,10 @@ class ParquetImages(EncodedImages):
                 column = shard.read_row_group(group, ["image.bytes"], use_threads=False)["image"]
             last = list(self._groups.items())[-1:]
             self._groups = {**dict(last), (number, group): column}  # replaced whole: other threads keep what they hold
-        return column[row]["bytes"].as_py()
+        content = column[row]["bytes"].as_py()
+        if content is None:
+            raise ValueError(f"{self.name(index)} cannot be read: its row of {self.shards[number]} holds no bytes.")
+        return content
 
     def name(self, index: int) -> str:
         return self._names[index]

@@ -157,7 +157,7 @@ def rows_at(positions: np.ndarray, seed: int, count: int) -> np.ndarray:
 def posterior_eps(seed: int, positions: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Standard normal draws of the Philox streams (seed, position) -> (B, *shape) float32.
 
-    One generator is set to each stream in turn: the same numbers as a new generator per position, 4 times faster.
+    One generator is set to each stream in turn: the same numbers as a new generator per position, in less time.
     """
     eps = np.empty((len(positions), *shape), np.float32)
     bits = np.random.Philox(key=(seed, 0), counter=(0, 0, 0, POSTERIOR))
@@ -282,9 +282,10 @@ class LatentDataModule(L.LightningDataModule):
         return DataLoader(stream, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Latents and labels, without a wait for the device; positions are read on the CPU."""
+        """Latents and labels, without a wait for a CUDA device; positions are read on the CPU."""
+        ahead = device.type == "cuda"
         return batch._replace(
-            latents=batch.latents.to(device, non_blocking=True), labels=batch.labels.to(device, non_blocking=True)
+            latents=batch.latents.to(device, non_blocking=ahead), labels=batch.labels.to(device, non_blocking=ahead)
         )
 
     # --- resume: the trainer's step says where to go on, the checkpoint says what the order was made from ----------

@@ -196,7 +196,10 @@ class FileImages(EncodedImages):
         super().__init__(describe(kind, len(names), classes, self.root), classes, np.array(labels, np.int64), warnings)
 
     def read(self, index: int) -> bytes:
-        return (self.root / self.names[index]).read_bytes()
+        try:
+            return (self.root / self.names[index]).read_bytes()
+        except OSError as error:
+            raise ValueError(f"{self.names[index]} cannot be read: {error.strerror}.") from None
 
     def name(self, index: int) -> str:
         return self.names[index]
@@ -271,9 +274,19 @@ def is_picture(name: str) -> bool:
     return name[name.rfind(".") :].lower() in SUFFIXES
 
 
-def files_below(folder: Path) -> Iterator[str]:
-    """Paths relative to `folder` at any depth, in no order; hidden ones are passed over."""
-    skip = len(str(folder)) + 1
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (f"{parent}/{name}"[skip:] for name in files if not name.startswith("."))
+def files_below(folder: Path | str) -> Iterator[str]:
+    """Paths relative to `folder` of the files at any depth, in no order.
+
+    Hidden ones, links to nothing, and folders that may not be read are passed over.
+    """
+    try:
+        entries = list(os.scandir(folder))
+    except PermissionError:
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from (f"{entry.name}/{name}" for name in files_below(entry.path))
+        elif entry.is_file():
+            yield entry.name

@@ -44,7 +44,7 @@ def normal(seed: int, indices: Sequence[int], shape: Sequence[int], stream: int)
 
 
 def to_device(values: Tensor, device: torch.device | str) -> Tensor:
-    """A copy on `device`, for which a CUDA device is not waited: what it still has to do goes on meanwhile."""
+    """`values` on `device`. A CUDA device is not waited for: what it still has to do goes on meanwhile."""
     if torch.device(device).type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)

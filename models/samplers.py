@@ -1,6 +1,6 @@
 """Samplers and guidance: from noise to latents with a trained backbone.
 
-`step_noise()` is called once per step of a stochastic sampler, for DDPM's last step too, which adds none.
+`step_noise()` is called once per step that adds noise, and in DDPM's last step, which adds none.
 Scalars of a schedule stay on the CPU; only x and the network's time live on the device.
 """
 

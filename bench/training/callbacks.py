@@ -66,7 +66,9 @@ class CheckpointAt(L.Callback):
 
     def __init__(self, directory: Path, steps: Collection[int]) -> None:
         self.directory, self.steps = directory, frozenset(steps)
-        self._saved = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._saved = trainer.global_step  # the step that a run resumes from
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         step = trainer.global_step

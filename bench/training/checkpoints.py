@@ -46,13 +46,23 @@ class Damaged(Exception):
 
 
 class Stamp(L.Callback):
-    """Puts the settings of the run into each of its checkpoints."""
+    """Puts the settings of the run into each of its checkpoints.
+
+    Lightning counts micro-batches, and steps where their number is a multiple of `trainer.accumulate`; a checkpoint
+    knows those of the process that wrote it. All are saved after a whole step, so the count begins anew from there.
+    """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = dict(settings)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[SETTINGS] = self.settings
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):  # a batch is completed after the callbacks that save
+            counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
 
 
 def checkpoint_path(directory: Path, steps: int) -> Path:

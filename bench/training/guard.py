@@ -28,8 +28,8 @@ class StepGuard(L.Callback):
 
     The norm is taken once, for the check, for clipping and for the log. Processes decide together: gradients are shared
     already, losses are not, and a signal or the end of the time may reach one process alone; so three numbers go round.
-    Reading them is the one wait for the device that a step gets by this; the backward pass runs meanwhile anyway, so it
-    costs the launch of the optimizer's kernels.
+    Reading them is the one wait for the device that a step gets by this. What it costs is what the CPU does until the
+    device has work again: the launch of the optimizer's kernels, and the draws of the next batch beyond their time.
     """
 
     def __init__(self, directory: Path, clip: float | None, limit: float | None, moment: float = math.inf) -> None:

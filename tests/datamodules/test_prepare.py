@@ -156,15 +156,35 @@ def test_mapped_moments_equal_the_library_reader(tmp_path):
     np.testing.assert_array_equal(cache.moments(rows, np.arange(20) % 2 == 1), wanted)
 
 
-@pytest.mark.parametrize("damage", ["another shape", "cut short"])
-def test_a_mapped_shard_that_changed_under_way_is_noticed(tmp_path, damage):
+@pytest.mark.parametrize("read_whole", [0, 2**20], ids=["memory-mapped", "read whole"])
+@pytest.mark.parametrize("damage", ["renamed", "retyped", "shifted", "no header", "cut short", "gone"])
+def test_a_shard_that_is_not_as_the_manifest_says_is_refused(tmp_path, damage, read_whole):
+    """The hash of a shard covers its data; a header could name them wrongly."""
     prepare(tmp_path)
-    cache, file = LatentCache(tmp_path, read_whole=0), tmp_path / "moments-00001.safetensors"
-    cache.moments(np.arange(4))  # of the first shard
-    content = file.read_bytes()
-    file.write_bytes(content[:-1] if damage == "cut short" else content.replace(b'"moments"', b'"mamonts"'))
+    file = tmp_path / "moments-00001.safetensors"
+    content, length = file.read_bytes(), int.from_bytes(file.read_bytes()[:8], "little")
+    changed = {
+        "renamed": content.replace(b'"moments"', b'"mamonts"'),
+        "retyped": content.replace(b'"F32"', b'"I32"'),
+        "shifted": (length - 1).to_bytes(8, "little") + content[8:],  # a header ends in blanks
+        "no header": b"[" + content[1:],
+        "cut short": content[:-1],
+    }
+    assert content[8 + length - 1 : 8 + length] == b" "
+    cache = LatentCache(tmp_path, read_whole) if read_whole == 0 else None
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(changed[damage])
     with pytest.raises(ValueError, match=r"moments-00001\.safetensors is missing or damaged"):
-        cache.moments(np.arange(4, 8))
+        (cache or LatentCache(tmp_path, read_whole)).moments(np.arange(8))
+
+
+def test_rows_that_are_not_there_are_refused(tmp_path):
+    prepare(tmp_path)
+    for rows in ([-1], [0, 10]):
+        with pytest.raises(IndexError):
+            LatentCache(tmp_path, read_whole=0).moments(np.array(rows))
 
 
 def test_another_process_opens_the_files_itself(tmp_path):

@@ -265,6 +265,24 @@ def test_links_are_followed_once(tmp_path):
     assert len(open_imagenet(tmp_path)) == len(FEW)
 
 
+def test_links_to_nothing_are_no_pictures(tmp_path):
+    layouts.write_tree(tmp_path, FEW)
+    (tmp_path / "n01440764" / "n01440764_99999.JPEG").symlink_to(tmp_path / "gone")
+    assert len(open_imagenet(tmp_path)) == len(FEW)
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path):
+    layouts.write_tree(tmp_path / "tree", FEW)
+    images = open_imagenet(tmp_path / "tree")
+    (tmp_path / "tree" / FEW[0].name).unlink()
+    (tmp_path / "hub").mkdir()
+    layouts.write_parquet(tmp_path / "hub", [replace(FEW[0], content=None), *FEW[1:]])
+    hub = open_imagenet(tmp_path / "hub")
+    for pictures, reason in ((images, "No such file"), (hub, r"its row of .*parquet holds no bytes")):
+        with pytest.raises(ValueError, match=rf"{FEW[0].stem}\S* cannot be read: {reason}"):
+            layouts.read_all(pictures)
+
+
 def test_the_official_tar_is_preferred_to_the_small_one_beside_it(tmp_path):
     layouts.write_nested_tar(tmp_path, FEW[:6])
     (tmp_path / "ILSVRC2012_img_train.tar").rename(tmp_path / "ILSVRC2012_img_train_t3.tar")

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from small_runs import assert_same_training, directory, run, start, until, words
+from small_runs import assert_same_training, directory, log, run, start, until, words
 
 from bench.budget import checkpoint_steps
 from bench.training.checkpoints import checkpoint_path
@@ -34,6 +34,22 @@ def test_a_larger_budget_goes_on_from_a_smaller_one(tmp_path):
             output=tmp_path / "out.txt")  # fmt: skip
         assert_same_training(straight, continued.parent.parent, steps)
     assert torch.load(other / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == reached
+
+
+@pytest.mark.parametrize("parts", [(1, 2), (2, 1), (4, 2)])
+def test_micro_batches_may_change_where_a_run_goes_on(tmp_path, parts):
+    """From an odd step, which is no whole number of the new micro-batches counted in the old ones."""
+    before, after = (f"trainer.accumulate={part}" for part in parts)
+    run(*words(tmp_path, "budget.steps=3", before), output=tmp_path / "out.txt")
+    (saved,) = tmp_path.glob("runs/*/checkpoints/step-00000003.ckpt")
+    said = run(*words(tmp_path, "budget.steps=6", "eval.checkpoints=2", after), output=tmp_path / "out.txt")
+    assert f"continuing from {saved.parent.parent}, step 3" in said
+    (continued,) = (path for path in (tmp_path / "runs").iterdir() if path.is_dir() and path != saved.parent.parent)
+    assert (continued / "checkpoints" / saved.name).read_bytes() == saved.read_bytes()  # not saved again in mid-step
+    straight = tmp_path / "straight"
+    run(*words(straight, "budget.steps=6", before), output=tmp_path / "out.txt")
+    losses = [[row["train/loss"] for row in log(root)] for root in (straight, continued)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[1]) == 6
 
 
 @pytest.mark.parametrize(
