@@ -6,13 +6,15 @@ nothing but print its table.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from bench import budget as budgets
-from bench.config import WANDB_PROJECT, Comparison, sources
+from bench.config import WANDB_PROJECT, Comparison, RunConfig, sources
 from bench.console import is_main_process, say
 from bench.errors import UserError
 from bench.evaluate import evaluate, score_line, scorer_of
@@ -23,6 +25,7 @@ from bench.reports.figures import grid_of, score_against_compute
 from bench.reports.plotting import save
 from bench.scoring.samples import Sampling
 from bench.store import Result
+from bench.sweeps.points import flatten
 from bench.tables import comparison as tables
 from bench.tracking import Tracker
 from bench.training.train import Plan, budget_line, device_name, estimate_seconds, plan, train
@@ -62,15 +65,30 @@ def equal_plans(comparison: Comparison) -> list[Plan]:
     Raises: UserError if the quantity they should share differs by more than 2 %, or they would be sampled differently.
     """
     plans = [plan(config) for config in comparison.runs]
-    rows = [f"{config.use.model} {config.model.size}" for config in comparison.runs]
-    spent = [getattr(run.budget, comparison.equal) for run in plans]
-    budgets.require_equal(comparison.equal, dict(zip(rows, spent, strict=True)))
+    names = row_names(comparison.runs)
+    rows = zip(comparison.runs, plans, strict=True)
+    spent = {names[config.run_id]: getattr(run.budget, comparison.equal) for config, run in rows}
+    budgets.require_equal(comparison.equal, spent)
     if len({Sampling.of(config) for config in comparison.runs}) > 1:
         raise UserError(
             "The rows' recipes sample differently, so their scores would not share a column. Set eval.sampler.name, "
             "eval.sampler.steps and eval.cfg_channels, which replace those of the recipes."
         )
     return plans
+
+
+def row_names(runs: Sequence[RunConfig]) -> dict[str, str]:
+    """run_id -> 'dit S/2', with the settings of the model that tell rows of one size apart: 'diffussm T M=4'."""
+    sizes: dict[str, dict[str, dict[str, Any]]] = {}
+    for config in runs:
+        alike = sizes.setdefault(f"{config.use.model} {config.model.size}", {})
+        alike[config.run_id] = flatten(asdict(config.model))
+    names = {}
+    for name, alike in sizes.items():
+        for run_id, own in alike.items():
+            told = [key for key in own if any(other[key] != own[key] for other in alike.values())]
+            names[run_id] = " ".join([name, *(f"{key}={own[key]}" for key in told)])
+    return names
 
 
 def write_outputs(

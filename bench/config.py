@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,10 +24,17 @@ from bench.budget import BudgetConfig
 from bench.errors import UserError
 from bench.sweeps.points import flatten
 from datamodules.base import MACHINE_FIELDS, DataConfig
-from models.recipe import Recipe, SamplerConfig, recipe_title, require, require_positive
+from models.recipe import Recipe, SamplerConfig, require, require_positive
 
 WANDB_PROJECT = "isodiff"
+CHANGEABLE = ("model.", "data.", "recipe.")  # settings that a name stands for
 PAPER = "paper"  # use.recipe: paper = the recipe the architecture's paper published; it has no YAML file
+
+
+def require_seed(value: object, key: str) -> None:
+    """Raises: ValueError if it is not one of the seeds that Lightning takes."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
+        raise ValueError(f"{key} is {value!r}; give a whole number from 0 to 2^32 - 1.")
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class EvalConfig:
         require(self.labels, ("iid", "balanced"), "eval.labels")
         require(self.cfg_channels, (None, "3", "all"), "eval.cfg_channels")
         require(self.precision, ("float32", "bf16"), "eval.precision")
+        require_seed(self.seed, "eval.seed")
         for key in ("num_samples", "batch_size", "checkpoints"):
             require_positive(getattr(self, key), f"eval.{key}")
         if self.cfg_scale < 0:
@@ -127,6 +136,10 @@ class RunConfig:
         if self.tracking == "False":  # YAML reads a bare `off` as false
             object.__setattr__(self, "tracking", "off")
         require(self.tracking, ("off", "offline", "online"), "tracking")
+        require_seed(self.seed, "seed")
+        for key, value in flatten(asdict(self)).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{key} is {value}; it must be a finite number.")
 
     @property
     def trained(self) -> dict[str, Any]:
@@ -138,10 +151,19 @@ class RunConfig:
         return _plain(trained | {"architecture": self.use.model, "precision": self.trainer.precision})
 
     @property
-    def recipe_title(self) -> str:
-        """The recipe's name, and what the file of the run or the command line set otherwise."""
-        named, own = (flatten(_plain(asdict(recipe))) for recipe in (named_recipe(self.use, self.model), self.recipe))
-        return recipe_title(self.use.recipe, {key: value for key, value in own.items() if value != named[key]})
+    def changed(self) -> dict[str, Any]:
+        """What changes the trained weights and is not said by the names of model, size, data and recipe.
+
+        Dotted key -> value, of `model`, `data` and `recipe`.
+        """
+        layer = {"use": asdict(self.use), "model": {"size": self.model.size}, "budget": {"steps": 1}}
+        named = flatten(build_run([("names", layer)]).trained)
+        own = {key: value for key, value in flatten(self.trained).items() if key.startswith(CHANGEABLE)}
+        return {
+            key: value
+            for key, value in own.items()
+            if value != named[key] and not key.startswith(("recipe.sampler.", "recipe.cfg_channels"))
+        }
 
     @property
     def run_id(self) -> str:
@@ -327,14 +349,6 @@ def build_run(layers: list[tuple[str, dict[str, Any]]]) -> RunConfig:
         return config
     except ValueError as error:
         raise UserError(f"{_origin(str(error), [*below, *layers])}: {error}") from None
-
-
-def named_recipe(use: UseConfig, model: Any) -> Recipe:
-    """The recipe `use.recipe` as it stands in its file, or as the paper has it for the size of `model`."""
-    if use.recipe == PAPER:
-        return registry.architecture(use.model).module.recipe_for(model)
-    path = registry.config_file("recipe", use.recipe)
-    return OmegaConf.to_object(_merge(OmegaConf.structured(Recipe), read_yaml(path), path.name))  # type: ignore
 
 
 def model_config(architecture: Any, layers: list[tuple[str, dict[str, Any]]]) -> Any:

@@ -95,13 +95,18 @@ def load_trained(directory: str | Path, overrides: Sequence[str] = ()) -> RunCon
 def sample(config: RunConfig, step: int | None = None) -> SampleFiles:
     """Draw the samples of the protocol from the checkpoint at `step` (None: the last) -> their files."""
     run = plan(config)
-    files = _run(config, run, run.budget.steps if step is None else step, load_decoder(config), scorer=None)[1]
+    step = run.budget.steps if step is None else step
+    if step:
+        trained_checkpoint(config, step)  # before an autoencoder is made for nothing
+    files = _run(config, run, step, load_decoder(config), scorer=None)[1]
     say(f"{config.eval.num_samples} samples: {files.path}, {files.grid}")
     return files
 
 
 def evaluate_runs(configs: Sequence[RunConfig], step: int | None = None, fmt: str = "terminal") -> None:
-    """Score several runs and print one table."""
+    """Score several runs and print one table. Raises: UserError, as `evaluate`, before the first is scored."""
+    for config in configs:
+        _stored(config, plan(config).budget.steps if step is None else step)
     results = [evaluate(config, step) for config in configs]
     say(tables.render(tables.build(results), fmt).rstrip())
 
@@ -118,17 +123,17 @@ def evaluate(
 
     Raises: UserError if the run has no such checkpoint.
     """
-    autoencoder = load_decoder(config) if data is None else data.autoencoder
-    scorer = scorer or scorer_of(config)
     run, state = plan(config), read_state(config.directory)
     step = run.budget.steps if step is None else step
+    stored = _stored(config, step)
+    autoencoder = load_decoder(config) if data is None else data.autoencoder
+    scorer = scorer or scorer_of(config)
     protocol = describe_protocol(config, autoencoder, scorer)
-    store = ResultStore(Path(config.paths.runs) / "results.jsonl")
-    for result in store.load(run_id=config.run_id, steps=step):
+    for result in stored:
         if result.protocol == protocol:  # scored before, perhaps for another comparison
             result = replace(result, comparison=comparison)
             if is_main_process():
-                store.append(result)
+                _store(config).append(result)
             return result
     world_size, files, kept, scores = _run(config, run, step, autoencoder, scorer)
     sampling = files.sampling
@@ -141,7 +146,8 @@ def evaluate(
         title=registry.architecture(config.use.model).title,
         size=config.model.size,
         data=config.use.data,
-        recipe=config.recipe_title,
+        recipe=config.use.recipe,
+        changed=config.changed,
         weights="ema" if step else "untrained",
         seed=config.seed,
         steps=step,
@@ -160,9 +166,24 @@ def evaluate(
         **measured(world_size, scores, config.trainer),
     )
     if is_main_process():
-        store.append(result)
+        _store(config).append(result)
         kept.remove()
     return result
+
+
+def _store(config: RunConfig) -> ResultStore:
+    return ResultStore(Path(config.paths.runs) / "results.jsonl")
+
+
+def _stored(config: RunConfig, step: int) -> list[Result]:
+    """The rows of the weights at `step`, by any protocol.
+
+    Raises: UserError if there are neither rows nor weights, before an autoencoder or a reference is made for nothing.
+    """
+    rows = _store(config).load(run_id=config.run_id, steps=step)
+    if step and not rows:
+        trained_checkpoint(config, step)
+    return rows
 
 
 def trained_checkpoint(config: RunConfig, step: int) -> Path:

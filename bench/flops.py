@@ -66,9 +66,16 @@ class CostRow(NamedTuple):
 
 
 def count(name: str, config: Any, spec: BackboneSpec) -> GflopsReport:
-    """Count the backbone of models/<name>.py. Raises: UserError for an unknown name or an op of unknown cost."""
+    """Count the backbone of models/<name>.py.
+
+    Raises: UserError for an unknown name, a latent size that the backbone refuses, or an op of unknown cost.
+    """
+    architecture = registry.architecture(name)
     with torch.device("meta"):
-        backbone = registry.architecture(name).backbone(config, spec)
+        try:
+            backbone = architecture.backbone(config, spec)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         x = torch.empty(1, spec.in_channels, spec.latent_size, spec.latent_size)
         labels = torch.zeros(1, dtype=torch.int64) if spec.num_classes else None
         parts = count_ops(backbone, x, torch.zeros(1), labels)

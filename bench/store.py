@@ -73,7 +73,8 @@ class Result(Row):
     title: str  # as papers write it: DiT, U-ViT, DiffuSSM
     size: str
     data: str
-    recipe: str  # its name, and what was set otherwise: 'paper with optimizer.lr=0.0003'
+    recipe: str
+    changed: dict[str, Any]  # dotted key -> value: settings of model, data and recipe that those names do not say
     weights: str  # ema | untrained
     seed: int  # of training
     steps: int
@@ -92,6 +93,13 @@ class Result(Row):
     @property
     def conditions(self) -> dict[str, Any]:
         return self.protocol | {"data": self.data}
+
+    @property
+    def recipe_title(self) -> str:
+        """The recipe's name, and what was set otherwise: 'paper with optimizer.lr=0.0003'."""
+        own = {key: value for key, value in sorted(self.changed.items()) if key.startswith("recipe.")}
+        told = ", ".join(f"{key.removeprefix('recipe.')}={json.dumps(value)}" for key, value in own.items())
+        return f"{self.recipe} with {told}" if told else self.recipe
 
     @property
     def key(self) -> tuple[str, ...]:

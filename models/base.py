@@ -144,7 +144,8 @@ class DiffusionModule(L.LightningModule):
         rest = [p for p in trainable if id(p) not in in_ssm]
         groups = [{"params": rest, "lr": optimizer.lr, "weight_decay": optimizer.weight_decay}]
         if ssm:
-            groups.append({"params": ssm, "lr": optimizer.ssm_lr or optimizer.lr, "weight_decay": 0.0})
+            lr = optimizer.lr if optimizer.ssm_lr is None else optimizer.ssm_lr
+            groups.append({"params": ssm, "lr": lr, "weight_decay": 0.0})
         return groups
 
     def configure_optimizers(self) -> Any:

@@ -24,7 +24,7 @@ from models.layers import (
     unpatchify,
     zero_linears,
 )
-from models.recipe import OptimizerConfig, ProcessConfig, Recipe, SamplerConfig
+from models.recipe import OptimizerConfig, ProcessConfig, Recipe, SamplerConfig, require_positive
 
 # size -> (depth, width, heads, patch_size); DiT Table 1, patches 2, 4, 8. T/2 is ours, for 28 x 28 digits.
 SIZES = {
@@ -46,7 +46,10 @@ SIZES = {
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """A named size; a part that is set overrides the named one. Raises: ValueError on an unknown size."""
+    """A named size; a part that is set overrides the named one.
+
+    Raises: ValueError on a value that is not known or does not fit.
+    """
 
     size: str = "XL/2"
     depth: int | None = None  # blocks
@@ -61,6 +64,8 @@ class DiTConfig:
         for part, value in zip(("depth", "width", "heads", "patch_size"), SIZES[self.size], strict=True):
             if getattr(self, part) is None:
                 object.__setattr__(self, part, value)
+        for key in ("depth", "width", "heads", "patch_size", "mlp_ratio"):
+            require_positive(getattr(self, key), f"model.{key}")
         _, width, heads, _ = self.parts
         if width % 4 or width % heads:
             raise ValueError(f"model.width is {width}; it must be a multiple of 4 and of model.heads ({heads}).")

@@ -6,10 +6,7 @@ recipe of its paper (`paper_recipe`); `configs/recipe/shared.yaml` gives one to 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 PROCESSES = ("iddpm", "vp", "sd_discrete")
 SAMPLERS = {  # sampler -> processes it is defined for
@@ -52,6 +49,12 @@ class ProcessConfig:
         require(self.variance, ("learned_range", "fixed_small", "fixed_large"), "recipe.process.variance")
         require(self.loss, ("mse", "rescaled_mse", "rescaled_kl"), "recipe.process.loss")
         require_positive(self.num_timesteps, "recipe.process.num_timesteps")
+        if self.name == "iddpm" and self.betas == "linear" and self.num_timesteps <= 20:
+            # beta is a share of variance: the noise at 1 leaves no signal, and beyond it the tables are not finite.
+            raise ValueError(
+                f"recipe.process.num_timesteps is {self.num_timesteps}; with linear betas, whose last is "
+                "20 / num_timesteps, it must be above 20 (cosine betas can have fewer)."
+            )
 
     @property
     def learn_sigma(self) -> bool:
@@ -72,6 +75,15 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_positive(self.lr, "recipe.optimizer.lr")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"recipe.optimizer.betas is {list(self.betas)}; both must lie in [0, 1).")
+        for key in ("weight_decay", "warmup_steps"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"recipe.optimizer.{key} is {getattr(self, key)}; it must be at least 0.")
+        for key, without in (("ssm_lr", "for that of lr"), ("grad_clip", "for no clipping")):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise ValueError(f"recipe.optimizer.{key} is {value}; it must be above 0, or null {without}.")
 
 
 @dataclass(frozen=True)
@@ -127,16 +139,3 @@ class Recipe:
         for key in ("ema_decay", "label_dropout"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"recipe.{key} is {getattr(self, key)}; it must lie in [0, 1).")
-
-
-def recipe_title(name: str, changes: Mapping[str, Any]) -> str:
-    """'paper', or with what was set otherwise by dotted key: 'paper with batch_size=64, optimizer.lr=0.0003'.
-
-    Settings of sampling are left out: they change no weights, and a score's protocol has them.
-    """
-    told = [
-        f"{key}={json.dumps(value)}"
-        for key, value in sorted(changes.items())
-        if not key.startswith("sampler.") and key != "cfg_channels"
-    ]
-    return f"{name} with {', '.join(told)}" if told else name

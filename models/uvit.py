@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.base import Architecture, BackboneSpec, DiffusionModule
 from models.layers import Block, timestep_features, unpatchify
-from models.recipe import OptimizerConfig, ProcessConfig, Recipe, SamplerConfig
+from models.recipe import OptimizerConfig, ProcessConfig, Recipe, SamplerConfig, require_positive
 
 # size -> (depth, width, heads, patch_size, conv); U-ViT's released configs. T/2 is ours, for 28 x 28 digits.
 SIZES = {
@@ -36,7 +36,10 @@ SIZES = {
 
 @dataclass(frozen=True)
 class UViTConfig:
-    """A named size; a part that is set overrides the named one. Raises: ValueError on an unknown size."""
+    """A named size; a part that is set overrides the named one.
+
+    Raises: ValueError on a value that is not known or does not fit.
+    """
 
     size: str = "L/2"
     depth: int | None = None  # depth // 2 in-blocks, one mid-block, as many out-blocks: 12 means 13 blocks
@@ -55,6 +58,8 @@ class UViTConfig:
         for part, value in zip(("depth", "width", "heads", "patch_size", "conv"), SIZES[self.size], strict=True):
             if getattr(self, part) is None:
                 object.__setattr__(self, part, value)
+        for key in ("depth", "width", "heads", "patch_size", "mlp_ratio"):
+            require_positive(getattr(self, key), f"model.{key}")
         _, width, heads, _ = self.parts
         if width % heads:
             raise ValueError(f"model.width is {width}; it must be a multiple of model.heads ({heads}).")

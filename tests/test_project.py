@@ -24,6 +24,7 @@ LIGHT = """
     bench.store bench.sweeps.jobs bench.sweeps.launch bench.sweeps.points bench.sweeps.printed bench.sweeps.status
     bench.sweeps.sweep bench.tables.command bench.tables.comparison bench.tables.counted bench.tables.own_rows
     bench.tables.paper bench.tables.printed_cells bench.tables.published bench.tables.specs
+    bench.tables.stored
     bench.training.run_record models.recipe
 """
 

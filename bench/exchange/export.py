@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from bench.console import say
 from bench.errors import UserError
 from bench.evaluate import trained_checkpoint
 from bench.exchange.imported import CONFIG, PREFIX
+from bench.training.checkpoints import checked
 from bench.training.train import plan
 from models.autoencoder import SD_NAMES, AutoencoderConfig, load_autoencoder
 from models.base import BackboneSpec
@@ -33,15 +33,16 @@ FORMATS = ("safetensors", "diffusers")
 def export_run(config: RunConfig, out: Path, fmt: str, step: int | None = None) -> None:
     """Write the weights at `step` (None: the last) into the new folder `out`; it appears whole or not at all.
 
-    Raises: UserError if the folder is there, the run has no such checkpoint, or the format cannot hold it.
+    Raises: UserError if the folder is there, the run has no such checkpoint or a damaged one, or the format cannot
+    hold it.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already. Give --out a folder that is not.")
     run = plan(config)
     step = run.budget.steps if step is None else step
-    checkpoint = trained_checkpoint(config, step)
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    state = checked(trained_checkpoint(config, step), config)["state_dict"]
     tensors = {name.removeprefix(PREFIX): value for name, value in state.items()}
+    out = out.resolve()  # `.` has no name to put a temporary one beside
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     temporary.mkdir()

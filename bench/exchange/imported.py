@@ -79,7 +79,7 @@ def import_run(path: Path, claim: Claim, overrides: list[str]) -> Path:
         directory,
         "finished",
         steps=run.budget.steps,
-        recipe=config.recipe_title,
+        changed=config.changed,
         images_seen=run.budget.images,
         train_gflops=run.budget.train_gflops,
         imported=source,

@@ -60,7 +60,8 @@ def run(area: str, rounds: int, only: str | None = None) -> None:
     makers = AREAS[area]
     if only is not None and only not in makers:
         raise UserError(f"'{only}' is not measured in {area}. {nearest(only, list(makers))}")
-    print(f"{device_name('cpu')}, {platform.processor() or platform.machine()}, torch {torch.__version__}, {rounds} rounds")
+    machine = platform.processor() or platform.machine()
+    print(f"{device_name('cpu')}, {machine}, torch {torch.__version__}, {rounds} rounds")
     print(f"{'':<20}{'ours':>12}{'peer':>12}{'ratio':>8}{'':>15}  {'memory':>8}")
     for name, make in makers.items():
         if only in (None, name):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from bench.gpus import GPUS
 from bench.plans.plan import Machine, RunPlan, caches, plan_table
 from bench.plans.printed import assumptions, cache_lines, run_lines, summary
 from bench.plans.runs import SCALE, device_settings
+from bench.registry import ROOT, nearest
 from bench.tables.counted import count_missing
 from bench.tables.specs import RUN_FILE, load_table
 
@@ -23,6 +25,14 @@ TO_GIVE = ("data.root", "data.autoencoder_path", "eval.extractor_weights", "eval
 # Settings that make another row than the paper's, by how they begin.
 SCORING = ("num_samples", "sampler", "cfg_", "extractor=", "precision", "labels")
 NOT_FREE = ("budget.", "recipe.", "model.", "use.", *(f"eval.{key}" for key in SCORING))
+# What may be given, less NOT_FREE. The sources of the groups' dataclasses are read: to import them would load torch.
+SINGLE = ("seed", "tracking")
+GROUPS = {
+    "data": ("datamodules/base.py", "DataConfig"),
+    "eval": ("bench/config.py", "EvalConfig"),
+    "trainer": ("bench/config.py", "TrainerConfig"),
+    "paths": ("bench/config.py", "PathsConfig"),
+}
 
 
 def print_plan(name: str, gpus: int, gpu: str, mfu: float, overrides: Sequence[str]) -> None:
@@ -33,6 +43,7 @@ def print_plan(name: str, gpus: int, gpu: str, mfu: float, overrides: Sequence[s
     spec, machine = load_table(name), Machine(gpu, gpus, mfu)
     plans = plan_table(spec, machine)
     _require_free(plans, given)
+    _require_known(given)
     runs, cache = Path(given.get("paths.runs", "runs")), Path(given.get("paths.cache", "cache"))
     kind, plural = GPUS[gpu], "s" * (len(plans) > 1)
     lines = [
@@ -69,6 +80,7 @@ def launch_plan(name: str, launcher: str, gpus: int, gpu: str, overrides: Sequen
     spec, given = load_table(name), _given(overrides)
     plans = plan_table(spec, Machine(gpu, gpus, mfu=1.0))
     _require_free(plans, given)
+    _require_known(key for key in given if not key.startswith("sweep."))
     if spec.sweep:
         parts = max(plan.accumulate or 1 for plan in plans)
         accumulate = [f"trainer.accumulate={parts}"] if parts > 1 and "trainer.accumulate" not in given else []
@@ -99,7 +111,31 @@ def sweep_file(plans: Sequence[RunPlan], given: dict[str, str]) -> dict[str, Any
 
 
 def _given(overrides: Sequence[str]) -> dict[str, str]:
-    return {key: value for key, _, value in (word.partition("=") for word in overrides)}
+    given = {key: value for key, _, value in (word.partition("=") for word in overrides)}
+    try:
+        int(given.get("seed", 0))
+    except ValueError:
+        raise UserError(f"seed is '{given['seed']}'; give a whole number, such as seed=1.") from None
+    return given
+
+
+def known_settings() -> list[str]:
+    """The settings of a run that a plan may be given, by the sources of their dataclasses."""
+    known = list(SINGLE)
+    for group, (path, name) in GROUPS.items():
+        tree = ast.parse((ROOT / path).read_text())
+        (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+        targets = (node.target for node in body if isinstance(node, ast.AnnAssign))
+        known += [f"{group}.{target.id}" for target in targets if isinstance(target, ast.Name)]
+    return known
+
+
+def _require_known(keys: Iterable[str]) -> None:
+    """Of keys that are free. Raises: UserError for one that no run has."""
+    known = [key for key in known_settings() if not f"{key}=".startswith(NOT_FREE)]
+    for key in keys:
+        if key not in known:
+            raise UserError(f"{key} is not a setting. {nearest(key, known)}")
 
 
 def _kinds(plans: Sequence[RunPlan]) -> dict[str, list[str]]:

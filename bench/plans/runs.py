@@ -13,10 +13,9 @@ from bench import budget as budgets
 from bench.plans.plan import GPUS_A_NODE, RunPlan
 from bench.sweeps.points import flatten
 from bench.tables.counted import counted
-from bench.tables.own_rows import COUNT_TOLERANCE, origin, run_record
+from bench.tables.own_rows import COUNT_TOLERANCE, LOADER, differing, origin, run_record
 from bench.tables.specs import RUN_FILE, PaperRun
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 SCALE = "eval.cfg_scale"
 
 
@@ -35,7 +34,7 @@ def evaluate_commands(plan: RunPlan, directory: str, given: dict[str, str]) -> l
 
 
 def find_run(run: PaperRun, runs: Path, given: dict[str, str]) -> tuple[Path, str] | None:
-    """(directory, state) of a run of these settings, by its config.yaml, and the recipe and Gflops on its record."""
+    """(directory, state) of a run of these settings, by its config.yaml, and what its record says was changed."""
     wanted = {key: value for key, value in run.point.items() if value is not None}
     wanted |= {"seed": int(given.get("seed", 0)), "data.autoencoder": run.decoder}
     for path in sorted(runs.glob(f"{run_stem(run)}-*/config.yaml")):
@@ -43,7 +42,7 @@ def find_run(run: PaperRun, runs: Path, given: dict[str, str]) -> tuple[Path, st
         # Settings of the model that the table does not name must be the size's own: they would cost otherwise.
         gflops = _gflops(path.parent, record)
         same = gflops is not None and abs(gflops / counted(run).gflops - 1) < COUNT_TOLERANCE
-        same &= record.get("recipe", run.recipe_title) == run.recipe_title
+        same = same and not (record and differing(run, path.parent))
         if same and all(flat.get(key) == value for key, value in wanted.items()):
             return path.parent, _state(path.parent, record)
     return None

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from bench.errors import UserError
 from bench.registry import nearest
 from bench.store import Result, ResultStore
-from bench.tables.comparison import latest, require_one_protocol
+from bench.tables.comparison import require_one_protocol
+from bench.tables.stored import compared
 
 
 class Selection(NamedTuple):
@@ -20,7 +21,7 @@ class Selection(NamedTuple):
 
 
 def select(names: Sequence[str], runs: Path) -> Selection:
-    """The comparison of that name, scored last, or several runs, each by its id or its directory.
+    """The comparison or sweep of that name, scored last, or several runs, each by its id or its directory.
 
     Raises: UserError if a name is neither, or the runs share no protocol.
     """
@@ -31,9 +32,8 @@ def select(names: Sequence[str], runs: Path) -> Selection:
     stored = ResultStore(root / "results.jsonl").load()
     if not stored:
         raise UserError(f"{root} holds no results.jsonl with scores. Make one with: python -m bench compare <name>")
-    compared = [row for row in stored if [row.comparison] == list(names)]
-    if compared:
-        return Selection(names[0], latest(compared), root)
+    if len(names) == 1 and (rows := compared(stored, names[0], root)):
+        return Selection(names[0], rows, root)
     run_ids = list(dict.fromkeys(Path(name).name for name in names))
     scored, comparisons = {row.run_id for row in stored}, {row.comparison for row in stored} - {""}
     for run_id in run_ids:

@@ -9,7 +9,9 @@ import hashlib
 import re
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -24,6 +26,7 @@ from bench.errors import UserError
 ARRAY = "arr_0"  # the key ADM's evaluator reads
 QUANTISE = "Quantise them first, for example floor(clamp(127.5 x + 128, 0, 255)) for images in [-1, 1]"
 READ = 2**24  # bytes read at once
+UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # zipfile's; the last: encrypted, unknown method
 
 
 class ImageSet(Protocol):
@@ -71,7 +74,7 @@ class NpzImages:
                 with archive.open(member) as file:
                     shape, fortran, dtype = _read_header(file)
                     header = file.tell()
-        except (zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
+        except (*UNREADABLE, ValueError, OSError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path} cannot be read as an npz ({error}): cut off, or another kind of file.") from None
@@ -98,7 +101,7 @@ class NpzImages:
 
     def sha256(self) -> str:
         digest = hashlib.sha256()
-        with zipfile.ZipFile(self.path) as archive, archive.open(f"{ARRAY}.npy") as file:
+        with _damage_told(self.path), zipfile.ZipFile(self.path) as archive, archive.open(f"{ARRAY}.npy") as file:
             while data := file.read(READ):
                 digest.update(data)
         return digest.hexdigest()
@@ -112,27 +115,27 @@ class NpzImages:
         return np.memmap(self.path, np.uint8, "r", offset=start, shape=(self.n, *self.size, 3))
 
     def _unpack(self, start: int, count: int) -> bytes:
-        if self._stream is None or start < self._next:
-            self._stream, self._next = zipfile.ZipFile(self.path).open(f"{ARRAY}.npy"), 0  # noqa: SIM115 (kept open)
-            self._stream.read(self._header)
-        try:
+        with _damage_told(self.path):
+            if self._stream is None or start < self._next:
+                self._stream = zipfile.ZipFile(self.path).open(f"{ARRAY}.npy")  # noqa: SIM115 (kept open)
+                self._stream.read(self._header)
+                self._next = 0
             to_skip = (start - self._next) * self._bytes
             while to_skip:
                 to_skip -= len(self._stream.read(min(READ, to_skip)))
             self._next = start + count
             return self._stream.read(count * self._bytes)
-        except (zipfile.BadZipFile, EOFError) as error:
-            raise UserError(f"{self.path} is damaged: {error}.") from None
 
 
 class PngFolder:
-    """The PNG files of a folder, `2.png` before `10.png`."""
+    """The PNG files of a folder (`.png` or `.PNG`), `2.png` before `10.png`."""
 
     def __init__(self, path: Path) -> None:
         """Raises: UserError if there are none, or files of a kind that has lost pixels."""
         self.path = path
-        self.files = sorted(path.glob("*.png"), key=_natural)
-        lossy = next((file for kind in ("jpg", "jpeg", "JPEG", "JPG", "webp") for file in path.glob(f"*.{kind}")), None)
+        files = [(file.suffix.lower(), file) for file in path.iterdir()]
+        self.files = sorted((file for kind, file in files if kind == ".png"), key=_natural)
+        lossy = min((file for kind, file in files if kind in (".jpg", ".jpeg", ".webp")), default=None)
         if lossy is not None:
             raise UserError(
                 f"{lossy} is compressed with loss, which moves FID by points. Save the images as PNG or npz."
@@ -190,6 +193,16 @@ def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     return np.lib.format.read_array_header_2_0(file)
 
 
-def _natural(path: Path) -> list[Any]:
-    """Numbers in a name count as numbers."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+def _natural(path: Path) -> tuple[list[Any], str]:
+    """Numbers in a name count as numbers, a suffix in capitals as one in small letters; then the name itself."""
+    parts = re.split(r"(\d+)", path.stem + path.suffix.lower())
+    return [int(part) if part.isdecimal() else part for part in parts], path.name
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """What zipfile raises where the bytes of `path` have changed, as a UserError."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise UserError(f"{path} is damaged: {error}. Copy or make it again.") from None

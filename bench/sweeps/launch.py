@@ -37,10 +37,12 @@ def launch(sweep: Sweep, launcher: str, *, at_once: int | None = None, retry_fai
 
     `at_once` bounds the jobs that run at a time; None: one here, as many as SLURM gives there.
 
-    Raises: UserError at the end if runs failed, with the last line of each error.
+    Raises: UserError if it is below 1; at the end if runs failed, with the last line of each error.
     """
     from bench.sweeps.status import adopt, states
 
+    if at_once is not None and at_once < 1:
+        raise UserError(f"--at-once is {at_once}; give at least 1 job that runs at a time.")
     adopt(sweep)
     open_states = ("waiting", "preempted", "cancelled", *(["failed"] if retry_failed else []))
     found = states(sweep)

@@ -1,4 +1,4 @@
-"""The command `table`: a comparison that was run, or a table of a paper; printed, and to Weights & Biases if asked."""
+"""The command `table`: a comparison or sweep that was run, or a table of a paper; printed, and to W&B if asked."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from bench.tables import comparison as tables
 from bench.tables.formats import TableData, render
 from bench.tables.paper import paper_table
 from bench.tables.specs import is_paper_table, paper_tables
+from bench.tables.stored import compared
 
 
 def print_named(name: str, fmt: str, runs: Path, *, low_confidence: bool = False, wandb: str = "off") -> None:
@@ -29,7 +30,7 @@ def named_table(name: str, runs: Path, low_confidence: bool = False) -> TableDat
     if is_paper_table(name):
         return paper_table(name, runs, low_confidence)
     stored = ResultStore(runs / "results.jsonl").load()
-    results = [row for row in stored if row.comparison == name]
+    results = compared(stored, name, runs)
     if not results:
         known = sorted({row.comparison for row in stored} - {""})
         hint = "" if known else " No comparison is stored; make one with: python -m bench compare <name>"
@@ -39,7 +40,7 @@ def named_table(name: str, runs: Path, low_confidence: bool = False) -> TableDat
         )
     if low_confidence:
         raise UserError(f"--low-confidence is for values that papers print; '{name}' is a comparison of runs.")
-    return tables.build(tables.latest(results))
+    return tables.build(results)
 
 
 def log_table(name: str, table: TableData, mode: str, runs: Path) -> None:

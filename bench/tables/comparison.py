@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -77,15 +78,12 @@ def build_sets(results: Sequence[SampleSetScore]) -> TableData:
         for name, value in row.scores.items():
             record |= {name: value, f"{name}_ci95": row.ci95[name]}
         records.append(record | {"sha256": row.sha256})
-    grid = {
-        "samples": [Cell(name) for name in _short([row.samples for row in results])],
-        "size": [Cell(row.protocol["size"]) for row in results],
-    }
+    grid = {"samples": [Cell(name) for name in _short([row.samples for row in results])]}
     grid |= _score_columns(records, specs)
     p = results[0].protocol
     notes = (
         *_few(results[0], specs),
-        f"{p['num_samples']} images each, uint8 as given, in their own order. {_scored_by(p)}.",
+        f"{p['num_samples']} images of {p['size']} each, uint8 as given, in their own order. {_scored_by(p)}.",
         INTERVALS,
     )
     return TableData(tuple(grid), tuple(zip(*grid.values(), strict=True)), notes, tuple(records))
@@ -123,17 +121,31 @@ def finals(results: Iterable[Result]) -> list[Result]:
 
 
 def labels(results: Iterable[Result]) -> dict[str, str]:
-    """run_id -> 'DiT-XL/2', with what tells runs of one size apart."""
+    """run_id -> 'DiT-XL/2', with what else was set of model and data, and what tells runs of one size apart."""
     runs = {row.run_id: row for row in results}
-    varied = [key for key in ("recipe", "batch_size", "seed") if len({getattr(row, key) for row in runs.values()}) > 1]
+    varied = [key for key in ("recipe", "batch_size", "seed") if len({_trained(row, key) for row in runs.values()}) > 1]
     names = {}
     for run_id, row in runs.items():
-        told = ", ".join(f"{key} {getattr(row, key)}" for key in varied)
+        changed = [_setting(key, value) for key, value in row.changed.items() if not key.startswith("recipe.")]
+        told = ", ".join([*changed, *(f"{key} {_trained(row, key)}" for key in varied)])
         names[run_id] = f"{row.title}-{row.size}" + (f" ({told})" if told else "")
     uses = Counter(names.values())
     return {
         run_id: name if uses[name] == 1 else f"{name} {run_id.rpartition('-')[2]}" for run_id, name in names.items()
     }
+
+
+def _trained(row: Result, key: str) -> str:
+    """A field of the row as text; of the recipe also what was set otherwise."""
+    return row.recipe_title if key == "recipe" else str(getattr(row, key))
+
+
+def _setting(key: str, value: Any) -> str:
+    """'gating false', '10 classes'."""
+    name = key.rpartition(".")[2]
+    if isinstance(value, list):
+        return f"{len(value)} {name}"
+    return f"{name} {value if isinstance(value, str) else json.dumps(value)}"
 
 
 def equalised(results: Sequence[Result], quantity: str = "train_gflops") -> float:
@@ -155,9 +167,10 @@ def score_specs(row: Result | SampleSetScore) -> dict[str, MetricSpec]:
 
 
 def _record(row: Result, frechet: str | None, untrained: Result | None) -> dict[str, Any]:
-    identity = ("run_id", "model", "size", "data", "recipe", "batch_size", "seed", "weights", "steps")
-    costs = {"gflops_ssm": row.gflops_parts["ssm_kernel"] + row.gflops_parts["fft"]}
-    record = {key: costs[key] if key in costs else getattr(row, key) for key in (*identity, *COSTS)}
+    identity = ("run_id", "model", "size", "data", "recipe", "changed", "batch_size", "seed", "weights", "steps")
+    ssm = row.gflops_parts["ssm_kernel"] + row.gflops_parts["fft"]
+    made = {"changed": json.dumps(row.changed), "gflops_ssm": ssm}
+    record = {key: made[key] if key in made else getattr(row, key) for key in (*identity, *COSTS)}
     for name, value in row.scores.items():
         record |= {name: value, f"{name}_ci95": row.ci95[name]}
     if frechet:
@@ -200,11 +213,16 @@ def _verdict(records: list[dict[str, Any]], names: dict[str, str], name: str, sp
 
 
 def describe_protocol(p: dict[str, Any]) -> str:
-    """Everything that must be alike before two scores are compared, in one sentence."""
-    guidance = f"cfg_scale {p['cfg_scale']:g}{' (unguided)' if p['cfg_scale'] == 1 else ''}"
+    """Everything that must be alike before two scores are compared, in one sentence.
+
+    Without `cfg_scale` in a table whose rows differ in it and say so themselves.
+    """
+    guidance = ""
+    if "cfg_scale" in p:
+        guidance = f"cfg_scale {p['cfg_scale']:g}{' (unguided)' if p['cfg_scale'] == 1 else ''}, "
     return (
         f"Protocol {p['name']} (version {p['version']}): {p['num_samples']} samples, labels {p['labels']}, "
-        f"seed {p['seed']}; sampler {p['sampler']}, {p['sampler_steps']} steps; {guidance}, "
+        f"seed {p['seed']}; sampler {p['sampler']}, {p['sampler_steps']} steps; {guidance}"
         f"cfg_channels {p['cfg_channels']}; decoder {p['decoder']}; uint8 by {p['quantisation']}. {_scored_by(p)}."
     )
 
@@ -231,25 +249,7 @@ def _few(row: Result | SampleSetScore, specs: dict[str, MetricSpec]) -> list[str
 
 def _training(rows: Sequence[Result]) -> str:
     keys = ("data", "recipe", "batch_size", "seed", "weights")
-    told = [f"{key} {' or '.join(dict.fromkeys(str(getattr(row, key)) for row in rows))}" for key in keys]
+    told = [f"{key} {' or '.join(dict.fromkeys(_trained(row, key) for row in rows))}" for key in keys]
     spent = [row.train_gflops for row in rows]
     gap = f" Training Gflops differ by {100 * budgets.spread(spent):.2f} %." if len(rows) > 1 and min(spent) else ""
     return f"Training: {', '.join(told)}.{gap}"
-
-
-def latest(results: Sequence[Result]) -> list[Result]:
-    """Of rows that share a comparison's name, those of the one scored last: its protocol, recipe, seed and budget."""
-    newest = max(results, key=lambda row: row.created)
-
-    def shared(row: Result) -> tuple[Any, ...]:
-        return row.protocol, row.data, row.recipe.partition(" with ")[0], row.batch_size, row.seed
-
-    alike = [row for row in results if shared(row) == shared(newest)]
-    last = {row.run_id: row for row in finals(alike)}
-    groups = []
-    for field in SPENT.values():
-        spent = getattr(last[newest.run_id], field)
-        near = budgets.TOLERANCE * spent
-        groups.append({run_id for run_id, row in last.items() if abs(getattr(row, field) - spent) <= near})
-    runs = max(groups, key=len)
-    return [row for row in alike if row.run_id in runs]

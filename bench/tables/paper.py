@@ -224,8 +224,9 @@ def _notes(
     if {"gflops", "counted", "train_gflops_papers"} & set(spec.columns):
         notes.append(GFLOPS_NOTE)
     if own:
-        protocols = dict.fromkeys(describe_protocol(row.result.protocol | {"cfg_scale": 1}) for row in own)
-        notes += [MATCHED, *([DIFFERENCE_NOTE] if spec.sources else []), *protocols]
+        protocols = [{key: value for key, value in row.result.protocol.items() if key != "cfg_scale"} for row in own]
+        described = dict.fromkeys(map(describe_protocol, protocols))
+        notes += [MATCHED, *([DIFFERENCE_NOTE] if spec.sources else []), *described]
     elif spec.runs:
         notes.append(f"No row of ours is stored yet; what they cost: python -m bench plan {spec.name}")
     notes += strangers

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import yaml
 from bench import registry
 from bench.errors import UserError
 from bench.sweeps.points import all_points, flatten
-from models.recipe import Recipe, recipe_title
+from models.recipe import Recipe
 
 RUN_FILE = "imagenet256"  # of configs/run/: shared recipe, protocol fid50k; what differs is said by overrides
 BUDGETS = ("steps", "images", "train_gflops")
@@ -52,12 +52,6 @@ class PaperRun:
         """What differs from the named size, such as 'M=4 patch_size=1'."""
         own = {key: value for key, value in sorted(self.settings.items()) if key.startswith("model.")}
         return " ".join(f"{key.removeprefix('model.')}={_text(value)}" for key, value in own.items())
-
-    @property
-    def recipe_title(self) -> str:
-        """The recipe's name and what is set otherwise, as the record of a run has it."""
-        changes = {key: value for key, value in self.settings.items() if key.startswith("recipe.")}
-        return recipe_title(self.recipe, {key.removeprefix("recipe."): value for key, value in changes.items()})
 
     @property
     def point(self) -> dict[str, Any]:
@@ -203,10 +197,9 @@ def _sweep_runs(path: Path) -> dict[str, PaperRun]:
     settings = flatten(values.pop("sweep"))
     varied = {key: value for key, value in settings.items() if not key.startswith("slurm.")}
     shared = flatten({key: value for key, value in values.items() if key != "trainer"})
-    recipe, values = _recipe(shared["use.recipe"])
-    runs = {}
+    recipe, runs = _recipe(shared["use.recipe"]), {}
     for point in all_points(path, varied, []):
-        flat = {key: value for key, value in (shared | point).items() if key not in values or values[key] != value}
+        flat = shared | point
         label = " ".join(f"{key.removeprefix('model.')}={_text(value)}" for key, value in point.items())
         budget = {key: flat.pop(f"budget.{key}") for key in BUDGETS if f"budget.{key}" in flat}
         flat.pop("use.eval")
@@ -225,13 +218,13 @@ def _sweep_runs(path: Path) -> dict[str, PaperRun]:
     return runs
 
 
-def _recipe(name: str) -> tuple[Recipe, dict[str, Any]]:
-    """The parts of configs/recipe/<name>.yaml that a plan needs, over the defaults; all its values by dotted key."""
+def _recipe(name: str) -> Recipe:
+    """The parts of configs/recipe/<name>.yaml that a plan needs, over the defaults."""
     values = flatten(_read(registry.config_file("recipe", name)))
     own = sorted(set(values) & {"batch_size", "sampler.name", "sampler.steps"})
     if own:
         raise UserError(f"configs/recipe/{name}.yaml sets {own[0]}: name the runs of the table one by one instead.")
-    return Recipe(), {f"recipe.{key}": value for key, value in (flatten(asdict(Recipe())) | values).items()}
+    return Recipe()
 
 
 def _resolution(data: str) -> int:

@@ -175,10 +175,10 @@ def require_unchanged(directory: Path, config: RunConfig) -> None:
     )
 
 
-def load_weights(module: DiffusionModule, path: Path, config: RunConfig) -> None:
-    """The EMA weights of a checkpoint into `module`.
+def checked(path: Path, config: RunConfig) -> dict[str, Any]:
+    """The checkpoint of a run, its tensors still on disk.
 
-    Raises: UserError if they do not fit, are damaged, or were trained with other settings.
+    Raises: UserError if it is damaged, or was trained with other settings.
     """
     try:
         require_whole(path)
@@ -189,6 +189,12 @@ def load_weights(module: DiffusionModule, path: Path, config: RunConfig) -> None
         ) from None
     if SETTINGS in checkpoint:  # imported weights have none
         require_settings(path, checkpoint, settings_of(config, checkpoint[SETTINGS]["latents"]))
+    return checkpoint
+
+
+def load_weights(module: DiffusionModule, path: Path, config: RunConfig) -> None:
+    """The EMA weights of a checkpoint into `module`. Raises: UserError, as `checked`, or if they do not fit."""
+    checkpoint = checked(path, config)
     try:
         module.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:

@@ -2,10 +2,12 @@
 
 state      means                                                                beside it
 queued     a job for it waits                                                   error: "" or of the last start
-running    a process trains it; one that was killed leaves this: see `alive`    steps (of the budget), recipe, pid, host
+running    a process trains it; one that was killed leaves this: see `alive`    steps to train, changed, pid, host
 preempted  interrupted, and the same command goes on                            the same
 failed     ended by an error                                                    the same, error
-finished   trained to the end of its budget                                     what the training came to
+finished   trained to the end of its budget                                     changed, what the training came to
+
+`changed` holds the settings that the names of model, size, data and recipe do not say (`RunConfig.changed`).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import os
 import socket
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,10 +51,8 @@ class RunRecord:
         return record.get("host") != socket.gethostname() or is_held(self.lock)
 
     @contextmanager
-    def training(self, steps: int, recipe: str) -> Iterator[None]:
+    def training(self, steps: int, changed: Mapping[str, Any]) -> Iterator[None]:
         """The run is running while the block lasts; preempted or failed where the block ends early.
-
-        `recipe` is its title: what tables and plans know a run's recipe by.
 
         Raises: UserError if another process trains it.
         """
@@ -65,7 +65,7 @@ class RunRecord:
                 )
             if is_main_process():
                 since = datetime.now(UTC).isoformat(timespec="seconds")
-                about = {"steps": steps, "recipe": recipe, "pid": os.getpid(), "host": socket.gethostname()}
+                about = {"steps": steps, "changed": changed, "pid": os.getpid(), "host": socket.gethostname()}
                 self.write("running", **about, since=since)
             try:
                 yield

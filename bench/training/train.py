@@ -99,11 +99,13 @@ def train(
                 f"{directory} was trained on other latents than {data.latents} (another data.root or autoencoder). "
                 "Give the one it was trained on, or another paths.runs."
             )
+        if "changed" not in state:  # by an earlier version
+            write_state(directory, **state | {"changed": config.changed})
         say(f"{config.run_id}: already trained ({run.budget.steps} steps)")
         return final
     budget = run.budget
     say(f"{config.run_id}: {budget.steps} steps x {config.recipe.batch_size} images, {budget.train_gflops:.4g} Gflops")
-    with RunRecord(directory).training(budget.steps, config.recipe_title):
+    with RunRecord(directory).training(budget.steps, config.changed):
         return _fit(config, run, data, tracker, group, stop_at)
 
 
@@ -159,7 +161,7 @@ def _fit(config: RunConfig, run: Plan, data: Data, tracker: Tracker | None, grou
         directory,
         "finished",
         steps=steps,
-        recipe=config.recipe_title,
+        changed=config.changed,
         images_seen=run.budget.images,
         train_gflops=run.budget.train_gflops,
         latents=data.fingerprint,

@@ -43,6 +43,7 @@ DIT = Result(
     size="T/2",
     data="digits",
     recipe="digits",
+    changed={},
     weights="ema",
     seed=0,
     steps=100,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.compare import compare
+from bench.compare import compare, describe
 from bench.config import load_comparison
 from bench.errors import UserError
 from bench.registry import ROOT
@@ -109,6 +109,15 @@ def test_unequal_budgets_are_refused(tmp_path):
     with pytest.raises(UserError, match="train_gflops"):
         compare(comparison)
     assert not (tmp_path / "runs").exists()
+
+
+def test_rows_of_one_size_are_told_apart_before_anything_is_trained(tmp_path):
+    path = tmp_path / "downscaling.yaml"
+    path.write_text("models: {fine: {architecture: diffussm, size: T, M: 1}, coarse: {architecture: diffussm, M: 4}}\n")
+    shared = [word for word in small(tmp_path, "model.size=T", "use.recipe=digits") if not word.startswith("models.")]
+    words = [word for word in shared if not word.startswith("budget.")]
+    with pytest.raises(UserError, match=r"diffussm T M=1 \d\S+, diffussm T M=4 \d"):
+        describe(load_comparison(str(path), [*words, "budget.steps=2"]))
 
 
 TRAINING = [

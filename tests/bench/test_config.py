@@ -27,17 +27,24 @@ def test_paper_recipe_follows_the_size():
 
 
 @pytest.mark.parametrize(
-    "overrides, title",
+    "overrides, changed",
     [
-        (["use.recipe=paper", "use.model=uvit", "model.size=H/2"], "paper"),  # this size has a recipe of its own
-        (["use.recipe=paper", "recipe.optimizer.lr=3e-4"], "paper with optimizer.lr=0.0003"),
-        (["recipe.optimizer.lr=1e-4", "recipe.sampler.steps=50"], "shared"),  # what it was; what changes no weights
+        (["use.recipe=paper", "use.model=uvit", "model.size=H/2"], {}),  # this size has a recipe of its own
+        (["use.recipe=paper", "recipe.optimizer.lr=3e-4"], {"recipe.optimizer.lr": 3e-4}),
+        (["recipe.optimizer.lr=1e-4", "recipe.sampler.steps=50"], {}),  # what it was; what changes no weights
         (["recipe.batch_size=64", "recipe.optimizer.betas=[0.9,0.95]"],
-         "shared with batch_size=64, optimizer.betas=[0.9, 0.95]"),
+         {"recipe.batch_size": 64, "recipe.optimizer.betas": [0.9, 0.95]}),
+        (["model.depth=3", "data.subset=100", "seed=3"], {"model.depth": 3, "data.subset": 100}),
     ],
 )  # fmt: skip
-def test_the_title_of_a_recipe_says_what_differs_from_its_name(overrides, title):
-    assert load_run("imagenet256", overrides).recipe_title == title
+def test_what_was_changed_is_what_the_names_do_not_say(overrides, changed):
+    assert load_run("imagenet256", overrides).changed == changed
+
+
+def test_the_title_of_a_recipe_says_what_was_changed(make_result):
+    assert make_result().recipe_title == "digits"
+    changed = {"recipe.optimizer.lr": 3e-4, "model.depth": 3, "recipe.batch_size": 64}
+    assert make_result(changed=changed).recipe_title == "digits with batch_size=64, optimizer.lr=0.0003"
 
 
 def test_run_id_changes_with_what_is_trained_only():
@@ -86,7 +93,19 @@ def test_one_architecture_in_two_sizes(tmp_path):
         (["recipe.sampler.name=euler_maruyama"], ["euler_maruyama", "iddpm", "ddim"]),
         (["budget.steps=5"], ["command line", "budget.steps", "budget.train_gflops", "twice", "null"]),
         (["budget.train_gflops=-1"], ["command line", "-1", "above 0"]),
+        (["recipe.optimizer.ssm_lr=0"], ["command line", "recipe.optimizer.ssm_lr is 0", "above 0", "null"]),
+        (["recipe.optimizer.betas=[1.0,0.9]"], ["command line", "betas is [1.0, 0.9]", "both must lie in [0, 1)"]),
+        (["recipe.optimizer.betas=[0.9,-0.1]"], ["betas is [0.9, -0.1]", "in [0, 1)"]),
+        (["recipe.optimizer.warmup_steps=-5"], ["command line", "recipe.optimizer.warmup_steps is -5", "at least 0"]),
+        (["recipe.optimizer.weight_decay=-1"], ["command line", "recipe.optimizer.weight_decay is -1", "at least 0"]),
+        (["recipe.optimizer.grad_clip=0"], ["command line", "recipe.optimizer.grad_clip is 0", "above 0", "null"]),
+        (["recipe.process.num_timesteps=20"], ["command line", "recipe.process.num_timesteps is 20", "above 20"]),
+        (["model.heads=0"], ["command line", "model.heads is 0", "above 0"]),
+        (["recipe.optimizer.lr=.inf"], ["command line", "recipe.optimizer.lr is inf", "finite"]),
         (["seed"], ["'seed'", "key=value"]),
+        (["seed=abc"], ["command line", "seed is 'abc'", "whole number"]),
+        (["seed=-1"], ["command line", "seed is -1", "from 0 to 2^32 - 1"]),
+        (["eval.seed=4294967296"], ["command line", "eval.seed is 4294967296", "from 0 to 2^32 - 1"]),
         (["seed=1", "seed=2"], ["seed", "2 times"]),
         (["sead=1"], ["sead", "Did you mean seed?"]),
     ],

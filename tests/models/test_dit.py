@@ -181,6 +181,11 @@ def test_a_set_part_overrides_the_named_size():
     [
         (lambda: DiTConfig(size="B/3"), r"model.size 'B/3' is not a DiT size. Choose one of S/2, .*XL/8"),
         (lambda: DiTConfig(width=100, heads=3), r"model.width is 100; .* multiple of 4 and of model.heads \(3\)"),
+        (lambda: DiTConfig(depth=0), r"model.depth is 0; it must be above 0"),
+        (lambda: DiTConfig(width=-4), r"model.width is -4; it must be above 0"),
+        (lambda: DiTConfig(heads=0), r"model.heads is 0; it must be above 0"),
+        (lambda: DiTConfig(patch_size=0), r"model.patch_size is 0; it must be above 0"),
+        (lambda: DiTConfig(mlp_ratio=-1), r"model.mlp_ratio is -1; it must be above 0"),
         (lambda: DiT(DiTConfig(size="S/8"), BackboneSpec(latent_size=28)), r"latent size of 28 .* patches of 8"),
     ],
 )

@@ -319,6 +319,21 @@ def test_settings_of_iddpm_are_refused_elsewhere(name, setting):
         build_process(config)
 
 
+def test_linear_betas_of_too_few_timesteps_are_refused():
+    with pytest.raises(ValueError, match=r"num_timesteps is 20; with linear betas, .* must be above 20"):
+        ProcessConfig(num_timesteps=20)
+    for allowed in (
+        ProcessConfig(num_timesteps=21),
+        ProcessConfig(num_timesteps=20, betas="cosine"),
+        ProcessConfig(name="vp", num_timesteps=20),
+        ProcessConfig(name="sd_discrete", num_timesteps=20),
+    ):
+        process = build_process(allowed)
+        denoiser = toy_eps_and_variance if process.learn_sigma else toy_eps
+        t, ones = process.timesteps(torch.arange(20, dtype=torch.float64) / 20), torch.ones(20, 4, 2, 2)
+        assert process.losses(denoiser, ones, t, ones)["loss"].isfinite().all()
+
+
 @pytest.mark.parametrize("name", PROCESSES)
 def test_only_iddpm_with_learned_range_learns_sigma(name):
     assert build_process(ProcessConfig(name=name)).learn_sigma == (name == "iddpm")

@@ -223,6 +223,11 @@ def test_a_set_part_overrides_the_named_size():
     [
         (lambda: UViTConfig(size="B/2"), r"model.size 'B/2' is not a U-ViT size. Choose one of S/2, .*H/4"),
         (lambda: UViTConfig(width=100, heads=3), r"model.width is 100; .* multiple of model.heads \(3\)"),
+        (lambda: UViTConfig(depth=-1), r"model.depth is -1; it must be above 0"),
+        (lambda: UViTConfig(width=0), r"model.width is 0; it must be above 0"),
+        (lambda: UViTConfig(heads=0), r"model.heads is 0; it must be above 0"),
+        (lambda: UViTConfig(patch_size=0), r"model.patch_size is 0; it must be above 0"),
+        (lambda: UViTConfig(mlp_ratio=-1), r"model.mlp_ratio is -1; it must be above 0"),
         (lambda: UViT(UViTConfig(size="L/4"), BackboneSpec(latent_size=30)), r"latent size of 30 .* patches of 4"),
     ],
 )

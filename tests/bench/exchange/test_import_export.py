@@ -222,6 +222,26 @@ def test_imported_weights_are_not_trained(files, tmp_path, capsys):
     assert (run / "run.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_a_checkpoint_is_looked_for_before_anything_is_made_for_it(files, tmp_path, capsys, command):
+    """Here the pictures that cache and reference are made from are missing, too; of both the step is named."""
+    run = imported(files, tmp_path / "runs", "dit")
+    (run / "run.json").write_text("{}")  # a run that was trained here and whose cache is gone
+    assert bench(command, run) == 2
+    assert "needs data.root" in capsys.readouterr().err
+    assert bench(command, run, "--step", 999) == 2
+    assert "no checkpoint of step 999; it has step-00000050.ckpt" in capsys.readouterr().err
+
+
+def test_checkpoints_of_all_runs_are_looked_for_before_the_first_is_scored(files, tmp_path, capsys):
+    """The first run's pictures are missing, too, so scoring it would end in that sentence."""
+    first, second = imported(files, tmp_path / "runs", "dit"), imported(files, tmp_path / "others", "uvit")
+    (first / "run.json").write_text("{}")
+    (second / "checkpoints" / "step-00000050.ckpt").unlink()
+    assert bench("evaluate", first, second) == 2
+    assert f"{second} has no checkpoint of step 50" in capsys.readouterr().err
+
+
 def test_an_imported_run_is_scored_without_its_data(files, tmp_path, capsys):
     run = imported(files, tmp_path / "runs", "uvit")
     images = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
@@ -253,6 +273,27 @@ def test_an_export_is_new_whole_and_without_paths_of_this_machine(files, tmp_pat
     assert bench("export", uvit, "--out", tmp_path / "other", "--format", "diffusers") == 2
     assert "a network for DiT alone" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs", "uvit"]
+
+
+def test_an_export_fills_the_empty_folder_one_stands_in(files, tmp_path, monkeypatch):
+    run = imported(files, tmp_path / "runs", "dit")
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    assert bench("export", run, "--out", ".") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.yaml", "model.safetensors"]
+
+
+@pytest.mark.parametrize("how", ["truncated", "one bit"])
+def test_a_damaged_checkpoint_is_not_exported(files, tmp_path, capsys, how):
+    run = imported(files, tmp_path / "runs", "dit")
+    (path,) = (run / "checkpoints").iterdir()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if how == "one bit" else content[: len(content) // 2])
+    assert bench("export", run, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"{path} is damaged" in error and error.count("\n") == 1
+    assert [found.name for found in tmp_path.iterdir()] == ["runs"]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,17 @@ from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import registry
-from bench.config import load_run
+from bench.config import EvalConfig, PathsConfig, RunConfig, TrainerConfig, load_run
 from bench.errors import UserError
 from bench.plans import plan
-from bench.plans.command import launch_plan, print_plan
+from bench.plans.command import known_settings, launch_plan, print_plan
 from bench.plans.plan import Machine, RunPlan, plan_table
 from bench.plans.runs import find_run, train_command
 from bench.scoring.features import blank_inception
 from bench.sweeps.sweep import read_sweep
 from bench.tables.published import load_published
 from bench.tables.specs import load_table, paper_tables
+from datamodules.base import DataConfig
 from datamodules.imagenet_raw import IMAGENET_COUNT
 from datamodules.lmdb_images import BEDROOM_COUNT
 from models.autoencoder import SD_CONFIG
@@ -106,6 +108,13 @@ def test_a_sweep_of_the_plan_trains_the_runs_that_the_commands_train(tmp_path, m
     assert find_run(other, Path("runs"), {}) is None
 
 
+def test_a_mistake_in_a_launch_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"eval\.refrence is not a setting"):
+        launch_plan("dit-imagenet512", "print", 8, "a100", ["eval.refrence=ref.npz"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_sweep_over_sizes_has_the_recipe_of_each_size(tmp_path, monkeypatch, capsys):
     """U-ViT's H models have another process than its L models."""
     monkeypatch.chdir(tmp_path)
@@ -144,15 +153,15 @@ def test_what_is_here_is_told_by_looking(begun, tmp_path):
     run = load_table("dit-table4").runs["s-8"]
     begun("aaaa", 0.5)  # a size with other settings costs otherwise
     assert find_run(run, tmp_path, {}) is None
-    trained = begun("bbbb", 0.358, state="finished")
+    trained = begun("bbbb", 0.358, state="finished", changed={})
     assert find_run(run, tmp_path, {}) == (trained, "trained")
-    begun("bbbb", 0.358, state="finished", recipe="paper with optimizer.lr=0.0003")
+    begun("bbbb", 0.358, state="finished", changed={"recipe.optimizer.lr": 0.0003})
     assert find_run(run, tmp_path, {}) is None
 
 
 def test_imported_weights_are_found_as_such(begun, tmp_path):
     directory = begun(
-        "cccc", 0.358, state="finished", imported={"weights": "official weights, by the name of the file"}
+        "cccc", 0.358, state="finished", changed={}, imported={"weights": "official weights, by the name of the file"}
     )
     assert find_run(load_table("dit-table4").runs["s-8"], tmp_path, {}) == (directory, "official weights")
 
@@ -279,6 +288,9 @@ def test_costs_of_autoencoder_and_inception_are_those_of_the_networks():
         (("dit-table4",), ["eval.reference=a.npz"], ["one file", "imagenet256, imagenet512", "each command"]),
         (("uvit-imagenet",), ["data.autoencoder_path=v/"], ["one file", "sd-vae, sd-vae-ft-ema"]),
         (("dit-table4",), ["sweep.slurm.partition=gpu"], ["sweep.slurm.partition", "--launch slurm"]),
+        (("dit-table4",), ["seed=abc"], ["seed is 'abc'", "whole number"]),
+        (("dit-table4",), ["dta.root=/x"], ["dta.root is not a setting", "Did you mean data.root?"]),
+        (("dit-imagenet256",), ["eval.refrence=/y"], ["eval.refrence is not", "Did you mean eval.reference?"]),
     ],
 )
 def test_a_mistake_is_a_sentence_before_anything_is_printed(capsys, arguments, overrides, words):
@@ -286,6 +298,13 @@ def test_a_mistake_is_a_sentence_before_anything_is_printed(capsys, arguments, o
         printed(capsys, *arguments, overrides=overrides)
     assert all(word in str(error.value) for word in words), str(error.value)
     assert capsys.readouterr().out == ""
+
+
+def test_what_may_be_given_is_what_runs_have():
+    groups = {"data": DataConfig, "eval": EvalConfig, "trainer": TrainerConfig, "paths": PathsConfig}
+    ours = [f"{group}.{field.name}" for group, config in groups.items() for field in fields(config)]
+    assert known_settings() == ["seed", "tracking", *ours]
+    assert set(groups) | {"seed", "tracking", "use", "model", "recipe", "budget"} == {f.name for f in fields(RunConfig)}
 
 
 def test_a_table_without_runs_cannot_be_planned(tmp_path):

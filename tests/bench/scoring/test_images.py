@@ -119,6 +119,52 @@ def test_what_is_no_set_of_images_is_named(tmp_path, write, sentence):
         open_images(tmp_path / "set.npz")
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("read", [NpzImages.sha256, lambda given: given.read(range(given.n))], ids=["sha256", "read"])
+def test_a_changed_byte_is_told_with_the_file(tmp_path, save, read):
+    path = tmp_path / "set.npz"
+    pixels = images(40, 32, 32, 4, 1) // 64  # few values, so that compression changes their bytes
+    save(path, pixels)
+    whole = path.read_bytes()
+    for place in (len(whole) * 3 // 4, len(whole) // 2 + 1):  # behind the block that is unpacked with the header
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        given = NpzImages(path)
+        if save is np.savez and read is not NpzImages.sha256:
+            assert (read(given) != as_tensor(pixels)).sum() == 1  # mapped, so not checked: the hash is taken first
+        else:
+            with pytest.raises(UserError, match=r"set\.npz is damaged: .*Copy or make it again\.$"):
+                read(given)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_no_changed_byte_ends_in_a_traceback(tmp_path, save):
+    path = tmp_path / "set.npz"
+    save(path, np.zeros((2, 3, 2, 3), np.uint8))
+    whole, told = path.read_bytes(), 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        try:
+            NpzImages(path).sha256()
+        except UserError as error:
+            assert str(path) in str(error)
+            told += 1
+    assert told > len(whole) / 2  # the others are dates, attributes and the like
+
+
+def test_a_suffix_in_capitals_is_a_png_in_the_same_order(tmp_path):
+    folder = png_folder(tmp_path / "folder", PIXELS)
+    for i in (2, 10, 29):
+        (folder / f"{i}.png").rename(folder / f"{i}.PNG")
+    given = open_images(folder)
+    assert given.n == 30
+    assert torch.equal(given.read(range(30)), as_tensor(PIXELS))
+    (folder / "010.png").write_bytes((folder / "0.png").read_bytes())  # the same number: told apart by the name
+    assert [file.name for file in open_images(folder).files[9:13]] == ["9.png", "010.png", "10.PNG", "11.png"]
+    Image.fromarray(PIXELS[0]).save(folder / "3.WEBP")
+    with pytest.raises(UserError, match=r"3\.WEBP is compressed with loss"):
+        open_images(folder)
+
+
 def test_folders_that_cannot_be_scored_are_named(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         open_images(tmp_path / "nothing")

@@ -251,7 +251,7 @@ def test_states_follow_run_json_metrics_and_results(write, make_result):
     assert (found[running].steps, found[running].seconds_left) == (2, 4.0)  # 16 images left at 4 a second
     assert found[failed].error == "no such file" and "no such file" in table(sweep)
     by_hand = RunRecord(root / running)
-    with by_hand.training(steps=4, recipe="digits"):
+    with by_hand.training(steps=4, changed={}):
         assert (states(sweep)[running].state, states(sweep)[running].alive) == ("running", True)
         by_hand.write("running", host=socket.gethostname())
     assert states(sweep)[running].state == "preempted"  # killed: it says running, but nobody holds its lock
@@ -283,6 +283,15 @@ def test_local_jobs_train_and_score_and_what_failed_is_retried(write, tmp_path, 
     capsys.readouterr()
     launch(sweep, "local")
     assert "0 of 2 runs to do, 2 finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("launcher", ["local", "slurm"])
+@pytest.mark.parametrize("at_once", [0, -1])
+def test_no_job_at_once_is_refused_before_anything_starts(write, launcher, at_once):
+    sweep = load_sweep(str(write(sweep={"grid": {"seed": [0]}})))
+    with pytest.raises(UserError, match=f"--at-once is {at_once}; give at least 1"):
+        launch(sweep, launcher, at_once=at_once)
+    assert [path.name for path in sweep.directory.iterdir()] == ["sweep.json"]
 
 
 @pytest.mark.distributed

@@ -48,6 +48,7 @@ def dit_xl(make_result) -> Result:
     """DiT-XL/2 after 7M steps, guided by 1.5, as `evaluate` stores it."""
     protocol = {"name": "fid50k", "num_samples": 50_000, "labels": "iid", "cfg_scale": 1.5, "cfg_channels": "3"}
     protocol |= {"sampler": "ddpm", "sampler_steps": 250, "decoder": "sd-vae-ft-ema", "extractor": "inception"}
+    protocol |= {"reference": "adm", "reference_n": 0}  # as its file has none
     own = make_result(
         run_id="dit-xl-2-imagenet256-aaaa0000",
         comparison="",
@@ -63,6 +64,23 @@ def dit_xl(make_result) -> Result:
         protocol=protocol,
     )
     return replace(own, scores=SCORED, ci95=CI95, gflops_parts={"linear": 118.6, "ssm_kernel": 0.0, "fft": 0.0})
+
+
+def record(runs: Path, run_id: str, overrides: list[str], **about: object) -> Path:
+    """What a training, or an import, leaves of its settings."""
+    config, directory = load_run(RUN_FILE, overrides), runs / run_id
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text(config.to_yaml())
+    (directory / "run.json").write_text(json.dumps({"state": "finished", "changed": config.changed} | about))
+    return runs
+
+
+DIT_XL = ["use.recipe=paper", "model.size=XL/2", "data.autoencoder=sd-vae-ft-ema", "budget.steps=7000000"]
+
+
+@pytest.fixture
+def runs(tmp_path, dit_xl) -> Path:
+    return record(tmp_path / "runs", dit_xl.run_id, DIT_XL)
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------
@@ -146,8 +164,8 @@ def test_ablations_say_that_nothing_is_printed(name):
 # --- rows of ours -----------------------------------------------------------------------------------------------------
 
 
-def test_our_row_follows_the_printed_one_with_what_it_is_off_by(dit_xl):
-    table = build(load_table("dit-imagenet256"), [dit_xl], Path("runs"))
+def test_our_row_follows_the_printed_one_with_what_it_is_off_by(dit_xl, runs):
+    table = build(load_table("dit-imagenet256"), [dit_xl], runs)
     labels = [cells[0].text for cells in table.rows]
     start = labels.index("DiT-XL/2-G, ours (seed 0)")
     assert labels[start - 1 : start + 2] == [
@@ -160,11 +178,12 @@ def test_our_row_follows_the_printed_one_with_what_it_is_off_by(dit_xl):
     assert (ours["inception_score ↑"], off["inception_score ↑"]) == ("275.00 ± 3.00", "-3.24 ± 3.00")
     assert off["precision ↑"] == "-0.001 ± 0.004"  # of precision_float16, ADM's arithmetic
     assert any(note.startswith("Rows of ours: results of EMA weights under protocol fid50k") for note in table.notes)
-    assert any(note.startswith("Protocol fid50k") for note in table.notes)
+    (protocol,) = (note for note in table.notes if note.startswith("Protocol fid50k"))
+    assert "250 steps; cfg_channels 3;" in protocol  # the scale differs from row to row, which say it
 
 
-def test_csv_has_our_row_in_full_precision(dit_xl):
-    text = render(build(load_table("dit-imagenet256"), [dit_xl], Path("runs")), "csv")
+def test_csv_has_our_row_in_full_precision(dit_xl, runs):
+    text = render(build(load_table("dit-imagenet256"), [dit_xl], runs), "csv")
     (ours,) = (line for line in csv.DictReader(io.StringIO(text)) if line["row"] == "ours")
     assert (ours["model"], ours["run_id"], ours["fid"], ours["fid_ci95"]) == (
         "DiT-XL/2-G",
@@ -189,26 +208,63 @@ def test_csv_has_our_row_in_full_precision(dit_xl):
     [
         ({"images_seen": 102_400_000, "steps": 400_000}, "102.4M images seen, not 1792M"),
         ({"recipe": "shared"}, "recipe shared, not paper"),
-        ({"recipe": "paper with optimizer.lr=0.0003"}, "recipe paper with optimizer.lr=0.0003, not paper"),
         ({"protocol": {"num_samples": 5000}}, "samples 5000, not 50000"),
         ({"protocol": {"decoder": "sd-vae-ft-mse"}}, "decoder sd-vae-ft-mse, not sd-vae-ft-ema"),
         ({"protocol": {"cfg_scale": 4.0}}, "cfg_scale 4.0, not 1.0"),
         ({"protocol": {"cfg_channels": "all"}}, "cfg_channels all, not 3"),
+        ({"protocol": {"labels": "balanced"}}, "labels balanced, not iid"),
+        ({"protocol": {"sampler_clip_denoised": True}}, "sampler_clip_denoised True, not False"),
+        ({"protocol": {"reference_n": 5000}}, "a reference of 5,000 images, not of all"),
         ({"gflops": 60.0}, "Gflops 60, not 118.6"),
     ],
 )
-def test_a_result_that_differs_is_no_row_and_the_difference_is_named(dit_xl, changes, reason):
+def test_a_result_that_differs_is_no_row_and_the_difference_is_named(dit_xl, runs, changes, reason):
     other = replace(dit_xl, **changes | {"protocol": dit_xl.protocol | changes.get("protocol", {})})
-    own, strangers = find_own(load_table("dit-imagenet256"), [other], Path("runs"))
+    own, strangers = find_own(load_table("dit-imagenet256"), [other], runs)
     assert own == []
     assert len(strangers) == 1 and reason in strangers[0]
 
 
-def test_a_result_of_several_comparisons_is_one_row(dit_xl):
-    own, _ = find_own(load_table("dit-imagenet256"), [dit_xl, replace(dit_xl, comparison="other")], Path("runs"))
+@pytest.mark.parametrize(
+    "setting, reason",
+    [
+        ("recipe.optimizer.lr=3e-4", "recipe.optimizer.lr 0.0003, not the usual"),
+        ("data.subset=1000", "data.subset 1000, not the usual"),
+        ("data.mirrors=false", "data.mirrors False, not the usual"),
+        ("model.pos_embed=none", "model.pos_embed none, not the usual"),  # which costs nothing
+        ("recipe.sampler.steps=50", ""),  # of sampling: the protocol says it
+    ],
+)
+def test_a_run_of_other_settings_is_no_row_and_the_setting_is_named(dit_xl, tmp_path, setting, reason):
+    name, settings = "dit-imagenet256", [*DIT_XL, setting]
+    if setting.startswith("model.pos_embed"):
+        run = load_table("ablation-parts").runs["direction=bi"]
+        name, settings = "ablation-parts", [*run.overrides, setting]
+        changes = {"model": "diffussm", "size": "XL", "recipe": "shared"}
+        dit_xl = replace(dit_xl, **changes, protocol=dit_xl.protocol | {"cfg_scale": 1.0})
+    runs = record(tmp_path, dit_xl.run_id, settings)
+    own, strangers = find_own(load_table(name), [dit_xl], runs)
+    assert (len(own), len(strangers)) == ((0, 1) if reason else (1, 0))
+    assert reason in "".join(strangers)
+
+
+def test_a_run_without_its_record_is_no_row(dit_xl, tmp_path):
+    (text,) = find_own(load_table("dit-imagenet256"), [dit_xl], tmp_path)[1]
+    assert f"settings not on record (python -m bench train {tmp_path}/{dit_xl.run_id}/config.yaml adds them)" in text
+
+
+def test_every_run_of_every_table_is_found_by_its_own_settings():
+    """Values of settings are compared, not how a file writes them."""
+    for run in (run for name in NAMES for run in load_table(name).runs.values()):
+        assert load_run(RUN_FILE, run.overrides).changed.keys() - {"data.autoencoder"} <= run.settings.keys(), run
+
+
+def test_a_result_of_several_comparisons_is_one_row(dit_xl, runs):
+    own, _ = find_own(load_table("dit-imagenet256"), [dit_xl, replace(dit_xl, comparison="other")], runs)
     assert len(own) == 1
     seeds = [dit_xl, replace(dit_xl, seed=1, run_id="dit-xl-2-imagenet256-bbbb0000")]
-    assert len(find_own(load_table("dit-imagenet256"), seeds, Path("runs"))[0]) == 2
+    record(runs, seeds[1].run_id, [*DIT_XL, "seed=1"])
+    assert len(find_own(load_table("dit-imagenet256"), seeds, runs)[0]) == 2
 
 
 def test_a_result_of_another_data_set_is_not_mentioned(make_result):
@@ -216,16 +272,12 @@ def test_a_result_of_another_data_set_is_not_mentioned(make_result):
 
 
 def test_imported_weights_are_called_official(dit_xl, tmp_path):
-    directory = tmp_path / dit_xl.run_id
-    directory.mkdir()
-    (directory / "run.json").write_text(
-        json.dumps({"imported": {"weights": "official weights, by the name of the file"}})
-    )
+    record(tmp_path, dit_xl.run_id, DIT_XL, imported={"weights": "official weights, by the name of the file"})
     ResultStore(tmp_path / "results.jsonl").append(dit_xl)
     assert row(paper_table("dit-imagenet256", tmp_path), "DiT-XL/2-G, official weights (seed 0)")
 
 
-def test_runs_of_a_sweep_find_their_points(dit_xl):
+def test_runs_of_a_sweep_find_their_points(dit_xl, tmp_path):
     spec = load_table("ablation-parts")
     run = spec.runs["direction=forward"]
     cost = counted(run)
@@ -239,7 +291,7 @@ def test_runs_of_a_sweep_find_their_points(dit_xl):
         images_seen=run.images(cost.gflops),
         protocol=dit_xl.protocol | {"cfg_scale": 1.0, "decoder": "sd-vae-ft-mse"},
     )
-    own, strangers = find_own(spec, [result], Path("runs"))
+    own, strangers = find_own(spec, [result], record(tmp_path, result.run_id, run.overrides))
     assert ([row.place.model for row in own], strangers) == (["direction=forward"], [])
 
 
@@ -305,13 +357,13 @@ def test_the_command_line_offers_every_format():
     assert tuple(formats.FORMATS) == cli.FORMATS
 
 
-def everything(name: str, dit_xl: Result) -> TableData:
-    return build(load_table(name), [dit_xl], Path("runs"), low_confidence=True)
+def everything(name: str, dit_xl: Result, runs: Path) -> TableData:
+    return build(load_table(name), [dit_xl], runs, low_confidence=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_latex_has_even_rows_and_nothing_unescaped(name, dit_xl):
-    table = everything(name, dit_xl)
+def test_latex_has_even_rows_and_nothing_unescaped(name, dit_xl, runs):
+    table = everything(name, dit_xl, runs)
     text = render(table, "latex")
     assert text.isascii()
     opened, closed = (re.findall(rf"\\{word}{{(\w+)}}", text) for word in ("begin", "end"))
@@ -325,8 +377,8 @@ def test_latex_has_even_rows_and_nothing_unescaped(name, dit_xl):
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed; the structure is tested above")
-def test_latex_compiles(tmp_path, dit_xl):
-    body = "\n".join(render(everything(name, dit_xl), "latex") for name in NAMES)
+def test_latex_compiles(tmp_path, dit_xl, runs):
+    body = "\n".join(render(everything(name, dit_xl, runs), "latex") for name in NAMES)
     preamble = "\\documentclass{article}\n\\usepackage{booktabs}\n\\begin{document}\n"
     (tmp_path / "tables.tex").write_text(f"{preamble}{body}\n\\end{{document}}\n")
     words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "tables.tex"]
@@ -360,8 +412,8 @@ class Reader(HTMLParser):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_html_reads_back_as_the_same_cells(name, dit_xl):
-    table, reader = everything(name, dit_xl), Reader()
+def test_html_reads_back_as_the_same_cells(name, dit_xl, runs):
+    table, reader = everything(name, dit_xl, runs), Reader()
     reader.feed(render(table, "html"))
     assert reader.open == []
     assert reader.rows == [list(table.header), *([cell.text for cell in cells] for cells in table.rows)]

@@ -11,9 +11,11 @@ import pytest
 
 from bench.errors import UserError
 from bench.store import ResultStore
+from bench.sweeps.sweep import load_sweep
 from bench.tables import comparison as tables
 from bench.tables.command import print_named
 from bench.tables.formats import number
+from bench.tables.stored import compared
 
 MARKDOWN = """\
 | model | params (M) | Gflops | of which SSM | images seen | training Gflops | Gflops × images | sample Gflops | fd500[effnet-lite0] ↓ | precision[effnet-lite0] ↑ | untrained fd500[effnet-lite0] ↓ |
@@ -70,7 +72,7 @@ def test_csv_holds_full_precision_under_names_with_units(comparison):
     text = tables.render(tables.build(comparison), "csv")
     first, second = csv.DictReader(io.StringIO(text))
     assert list(first) == [
-        "run_id", "model", "size", "data", "recipe", "batch_size", "seed", "weights", "steps",
+        "run_id", "model", "size", "data", "recipe", "changed", "batch_size", "seed", "weights", "steps",
         "params_m", "gflops", "gflops_ssm", "images_seen", "train_gflops", "train_gflops_papers", "sample_gflops",
         "fd500[effnet-lite0]", "fd500[effnet-lite0]_ci95", "precision[effnet-lite0]", "precision[effnet-lite0]_ci95",
         "untrained_fd500[effnet-lite0]", "untrained_fd500[effnet-lite0]_ci95",
@@ -176,8 +178,17 @@ def test_rows_that_are_not_equal_are_named_with_what_they_spent(comparison):
 def test_runs_of_one_size_are_told_apart(make_result):
     seeds = [make_result(run_id="dit-t-2-aaaa"), make_result(run_id="dit-t-2-bbbb", seed=1)]
     assert list(tables.labels(seeds).values()) == ["DiT-T/2 (seed 0)", "DiT-T/2 (seed 1)"]
-    depths = [make_result(run_id="dit-t-2-aaaa"), make_result(run_id="dit-t-2-bbbb")]
-    assert list(tables.labels(depths).values()) == ["DiT-T/2 aaaa", "DiT-T/2 bbbb"]
+    changes = [{}, {"model.depth": 2}, {"model.qkv_bias": False, "data.classes": [3, 8]}, {"recipe.ema_decay": 0.9}]
+    parts = [make_result(run_id=f"dit-t-2-{i}", changed=changed) for i, changed in enumerate(changes)]
+    assert list(tables.labels(parts).values()) == [
+        "DiT-T/2 (recipe digits)",
+        "DiT-T/2 (depth 2, recipe digits)",
+        "DiT-T/2 (qkv_bias false, 2 classes, recipe digits)",
+        "DiT-T/2 (recipe digits with ema_decay=0.9)",
+    ]
+    assert list(tables.labels(parts[1:2]).values()) == ["DiT-T/2 (depth 2)"]  # alone, too, it is not the named size
+    budgets = [make_result(run_id="dit-t-2-aaaa"), make_result(run_id="dit-t-2-bbbb")]
+    assert list(tables.labels(budgets).values()) == ["DiT-T/2 aaaa", "DiT-T/2 bbbb"]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +199,7 @@ def test_numbers_keep_four_digits(value, text):
     assert number(value) == text
 
 
-def test_of_comparisons_with_one_name_the_one_scored_last_is_meant(comparison):
+def test_of_comparisons_with_one_name_the_one_scored_last_is_meant(comparison, tmp_path):
     longer = [
         replace(
             row, run_id=row.run_id + "-longer", train_gflops=10 * row.train_gflops, created="2026-02-01T00:00:00+00:00"
@@ -196,10 +207,29 @@ def test_of_comparisons_with_one_name_the_one_scored_last_is_meant(comparison):
         for row in comparison
     ]
     rescored = [replace(row, protocol=row.protocol | {"seed": 1}) for row in comparison]
-    assert tables.latest([*rescored, *comparison, *longer]) == longer
-    assert tables.latest([*longer, *(replace(row, created="2026-03-01T00:00:00+00:00") for row in comparison)])[
-        0
-    ].run_id == (comparison[0].run_id)
+    assert compared([*rescored, *comparison, *longer], "digits", tmp_path) == longer
+    again = [replace(row, created="2026-03-01T00:00:00+00:00") for row in comparison]
+    assert compared([*longer, *again], "digits", tmp_path) == again
+    other_seed = [replace(row, run_id=row.run_id + "-1", seed=1) for row in comparison]
+    assert compared([*other_seed, *again], "digits", tmp_path) == again
+    assert compared(again, "digit", tmp_path) == []
+
+
+def test_of_a_sweep_all_runs_of_its_file_are_meant(tmp_path, make_result):
+    """Seeds, batch sizes and budgets, which would be other comparisons; not runs that only an earlier file had."""
+    path = tmp_path / "seeds.yaml"
+    path.write_text(
+        "use: {recipe: digits}\nmodel: {size: T/2}\nequal: none\n"
+        "sweep: {list: [{seed: 0, budget.steps: 5}, {seed: 1, budget.steps: 9}]}\n"
+    )
+    sweep = load_sweep(str(path), [f"paths.runs={tmp_path / 'runs'}"])
+    rows = [
+        make_result(run_id=run.run_id, comparison="seeds", seed=i, train_gflops=run.train_gflops, steps=run.steps)
+        for i, run in enumerate(sweep.runs)
+    ]
+    earlier = make_result(run_id="dit-t-2-earlier", comparison="seeds", created="2025-01-01T00:00:00+00:00")
+    assert compared([earlier, *rows], "seeds", tmp_path / "runs") == rows
+    assert compared([earlier, *rows], "seeds", tmp_path / "elsewhere") == [earlier, rows[0]]  # as for a comparison
 
 
 def test_the_command_prints_a_stored_comparison(tmp_path, comparison, capsys):

@@ -43,7 +43,7 @@ def test_a_training_that_works_holds_its_run(tmp_path):
 )
 def test_a_training_that_ends_early_says_how(tmp_path, error, state):
     record = RunRecord(tmp_path)
-    with pytest.raises(type(error)), record.training(steps=7, recipe="paper"):
+    with pytest.raises(type(error)), record.training(steps=7, changed={}):
         raise error
     known = record.read()
     assert (known["state"], known["steps"], record.alive()) == (state, 7, False)
