@@ -134,7 +134,7 @@ def _run_here(sweep: Sweep, todo: dict[str, list[PlannedRun]], at_once: int) -> 
                     slot = slots.pop(0)
                     executor = submitit.LocalExecutor(sweep.directory / "logs")
                     executor.update_parameters(**_local_parameters(todo[run_id][0], slot, at_once))
-                    with _outside_job(), _threads(at_once * todo[run_id][0].processes[1]):
+                    with _outside_job(), _deaf(), _threads(at_once * todo[run_id][0].processes[1]):
                         job: Any = executor.submit(RunJob(), sweep.directory, run_id)
                     record.write(job=job.job_id)
                     working_on[run_id] = (job, slot)
@@ -258,6 +258,16 @@ def _outside_job() -> AbstractContextManager:
     import submitit
 
     return submitit.helpers.clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext()
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes started in the block do not hear Ctrl-C, which reaches the whole group: `_end` ends them in order."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def saved_step(root: Path) -> int:
 
 
 def bench(*command: str) -> subprocess.Popen:
-    """A process of its own, imports and all."""
+    """A process of its own, imports and all, first of a group as under a shell."""
     return subprocess.Popen(
         [sys.executable, "-m", "bench", *command],
         cwd=ROOT,
@@ -49,6 +49,7 @@ def bench(*command: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -130,14 +131,18 @@ def losses(root: Path) -> list[float]:
     return [row["train/loss"] for row in log(root)]
 
 
-def test_a_stopped_sweep_lets_its_job_save(tmp_path):
+@pytest.mark.parametrize(
+    "send, signum", [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)], ids=["kill", "Ctrl-C"]
+)
+def test_a_stopped_sweep_lets_its_job_save(tmp_path, send, signum):
+    """Ctrl-C reaches the whole group: launcher, submitit's controller and the job."""
     path = tmp_path / "long.yaml"
     path.write_text(yaml.safe_dump({"sweep": {"grid": {"seed": [0]}}}))
     more = [f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path / 'cache'}", "budget.steps=100000"]
     launcher = bench("sweep", str(path), *SMALL, *more)
     wait(lambda: logged(tmp_path) > 2, launcher)
-    launcher.send_signal(signal.SIGTERM)
+    send(launcher.pid, signum)
     _, err = launcher.communicate()
-    assert launcher.returncode == 143, err
+    assert launcher.returncode == 128 + signum, err
     assert saved_step(tmp_path) == logged(tmp_path)
     assert json.loads((directory(tmp_path) / "run.json").read_text())["state"] == "preempted"
