@@ -63,7 +63,8 @@ def compare(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace) -> None:
     from bench.config import load_run
     from bench.training.checkpoints import require_unchanged
-    from bench.training.train import describe, train
+    from bench.training.dry_run import describe
+    from bench.training.train import train
 
     if Path(args.name).name == "config.yaml":
         require_unchanged(Path(args.name).parent, load_run(args.name))

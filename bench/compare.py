@@ -16,6 +16,8 @@ import pandas as pd
 from bench import budget as budgets
 from bench.config import WANDB_PROJECT, Comparison, RunConfig, sources
 from bench.console import is_main_process, say
+from bench.device import device_name
+from bench.dotted import flatten
 from bench.errors import UserError
 from bench.evaluate import evaluate, score_line, scorer_of
 from bench.files import atomic_write
@@ -25,10 +27,11 @@ from bench.reports.figures import grid_of, score_against_compute
 from bench.reports.plotting import save
 from bench.scoring.samples import Sampling
 from bench.store import Result
-from bench.sweeps.points import flatten
 from bench.tables import comparison as tables
 from bench.tracking import Tracker
-from bench.training.train import Plan, budget_line, device_name, estimate_seconds, plan, train
+from bench.training.dry_run import budget_line, estimate_seconds
+from bench.training.plan import TrainingPlan, plan_training
+from bench.training.train import train
 
 
 def compare(comparison: Comparison, command: str = "") -> Path:
@@ -43,10 +46,10 @@ def compare(comparison: Comparison, command: str = "") -> Path:
     scorer = scorer_of(runs[0])
     tracker = Tracker(runs[0].tracking, WANDB_PROJECT, directory)
     results: list[Result] = []
-    for config, run in zip(runs, plans, strict=True):
+    for config, plan in zip(runs, plans, strict=True):
         train(config, data, tracker, group=comparison.name)
         steps = [0] if config.eval.untrained else []
-        for step in [*steps, *run.checkpoint_steps]:
+        for step in [*steps, *plan.checkpoint_steps]:
             result = evaluate(config, step, comparison=comparison.name, data=data, scorer=scorer)
             results.append(result)
             say(f"  step {step:>6}: {score_line(result)}")
@@ -59,15 +62,15 @@ def compare(comparison: Comparison, command: str = "") -> Path:
     return path
 
 
-def equal_plans(comparison: Comparison) -> list[Plan]:
+def equal_plans(comparison: Comparison) -> list[TrainingPlan]:
     """The plan of each row.
 
     Raises: UserError if the quantity they should share differs by more than 2 %, or they would be sampled differently.
     """
-    plans = [plan(config) for config in comparison.runs]
+    plans = [plan_training(config) for config in comparison.runs]
     names = row_names(comparison.runs)
     rows = zip(comparison.runs, plans, strict=True)
-    spent = {names[config.run_id]: getattr(run.budget, comparison.equal) for config, run in rows}
+    spent = {names[config.run_id]: getattr(plan.budget, comparison.equal) for config, plan in rows}
     budgets.require_equal(comparison.equal, spent)
     if len({Sampling.of(config) for config in comparison.runs}) > 1:
         raise UserError(
@@ -124,23 +127,22 @@ def describe(comparison: Comparison) -> str:
     """The text of `compare --dry-run`: resolved configs, budgets, spread, estimated time."""
     plans = equal_plans(comparison)
     lines, total = [], 0.0
-    for config, run in zip(comparison.runs, plans, strict=True):
-        training = estimate_seconds(config, run)
-        # A training image costs three forwards; a sample costs steps forwards, twice that if guided.
+    for config, plan in zip(comparison.runs, plans, strict=True):
+        training = estimate_seconds(config, plan)
         sampling = Sampling.of(config)
-        forwards = sampling.num_samples * sampling.sampler.steps * (2 if sampling.cfg_scale != 1 else 1)
-        scored = len(run.checkpoint_steps) + config.eval.untrained
-        sampling_s = training / (3 * run.budget.images) * forwards * scored
+        scored = sampling.num_samples * (len(plan.checkpoint_steps) + config.eval.untrained)
+        gflops = scored * sampling.gflops(plan.cost.gflops, plan.spec.num_classes)
+        sampling_s = training / plan.budget.train_gflops * gflops  # as if both took the same time a Gflop
         total += training + sampling_s
         lines += [
             f"# {config.run_id}",
             f"# values from: {sources(config)}",
             config.to_yaml(),
-            budget_line(config, run),
-            f"scored after steps {', '.join(map(str, run.checkpoint_steps))}",
+            budget_line(config, plan),
+            f"scored after steps {', '.join(map(str, plan.checkpoint_steps))}",
             f"estimated on this machine: training {training / 60:.1f} min, sampling {sampling_s / 60:.1f} min\n",
         ]
-    spread = budgets.spread([getattr(run.budget, comparison.equal) for run in plans])
+    spread = budgets.spread([getattr(plan.budget, comparison.equal) for plan in plans])
     return "\n".join(
         [
             *lines,

@@ -7,7 +7,6 @@ whole.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -21,10 +20,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bench import registry
 from bench.budget import BudgetConfig
+from bench.dotted import flatten
 from bench.errors import UserError
-from bench.sweeps.points import flatten
+from bench.files import short_digest
 from datamodules.base import MACHINE_FIELDS, DataConfig
-from models.recipe import Recipe, SamplerConfig, require, require_positive
+from models.recipe import Recipe, SamplerConfig, require, require_positive, require_size
 
 WANDB_PROJECT = "isodiff"
 CHANGEABLE = ("model.", "data.", "recipe.")  # settings that a name stands for
@@ -83,7 +83,10 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """The machine side of a run: changes speed, never what is computed (beyond rounding)."""
+    """The machine side of a run: changes speed, and what is computed by rounding alone.
+
+    That of `precision` is large, so it makes another run.
+    """
 
     accelerator: str = "auto"  # auto | cpu | gpu; auto takes a GPU where there is one
     devices: int = 1  # processes per node
@@ -168,7 +171,7 @@ class RunConfig:
     @property
     def run_id(self) -> str:
         """Readable name and a hash of everything that changes the trained weights."""
-        digest = hashlib.sha256(json.dumps(self.trained, sort_keys=True).encode()).hexdigest()[:8]
+        digest = short_digest(json.dumps(self.trained, sort_keys=True))
         return f"{self.use.model}-{self.model.size.replace('/', '-')}-{self.use.data}-{digest}".lower()
 
     @property
@@ -210,8 +213,7 @@ class Comparison:
         """The comparison's own directory, named by what is compared and how it is scored."""
         protocols = [{k: v for k, v in asdict(run.eval).items() if k not in EVAL_MACHINE} for run in self.runs]
         scored = json.dumps([[r.run_id, p] for r, p in zip(self.runs, protocols, strict=True)], sort_keys=True)
-        digest = hashlib.sha256(scored.encode()).hexdigest()[:8]
-        return Path(self.runs[0].paths.runs) / f"compare-{self.name}-{digest}"
+        return Path(self.runs[0].paths.runs) / f"compare-{self.name}-{short_digest(scored)}"
 
 
 def load_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -345,6 +347,7 @@ def build_run(layers: list[tuple[str, dict[str, Any]]]) -> RunConfig:
         merged = _merge(merged, values, source)
     try:
         config = RunConfig(**{str(key): _object(merged, str(key)) for key in merged})
+        require_size(config.model.size, architecture.sizes, architecture.title)
         (config.eval.sampler or config.recipe.sampler).require_process(config.recipe.process.name)
         return config
     except ValueError as error:
@@ -357,7 +360,9 @@ def model_config(architecture: Any, layers: list[tuple[str, dict[str, Any]]]) ->
     for source, values in layers:
         node = _merge(node, values.get("model", {}), source, "model")
     try:
-        return OmegaConf.to_object(node)
+        config: Any = OmegaConf.to_object(node)
+        require_size(config.size, architecture.sizes, architecture.title)
+        return config
     except ValueError as error:
         raise UserError(f"{_origin(str(error), layers)}: {error}") from None
 
@@ -391,16 +396,8 @@ def _object(merged: Any, key: str) -> Any:
 def _origin(message: str, layers: list[tuple[str, dict[str, Any]]]) -> str:
     """The last source that sets the key a message starts with ('sampler.name ...'), for the reader to open."""
     key = message.split(maxsplit=1)[0]
-    setting = [source for source, values in layers if any(f".{path}".endswith(f".{key}") for path in _paths(values))]
+    setting = [source for source, values in layers if any(f".{path}".endswith(f".{key}") for path in flatten(values))]
     return setting[-1] if setting else layers[-1][0]
-
-
-def _paths(values: dict[str, Any]) -> list[str]:
-    """The dotted keys of all leaves."""
-    found = []
-    for key, value in values.items():
-        found += [f"{key}.{path}" for path in _paths(value)] if isinstance(value, dict) else [str(key)]
-    return found
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from bench.scoring.scorer import DataReference, Scorer, describe_scorer, prepare
 from bench.store import Result, ResultStore
 from bench.tables import comparison as tables
 from bench.training.checkpoints import checkpoint_path, load_weights, require_unchanged
-from bench.training.train import Plan, build_module, plan, read_state
+from bench.training.plan import TrainingPlan, build_module, plan_training
+from bench.training.run_record import read_state
 from datamodules.cache import read_manifest
 from models.autoencoder import TINY, Autoencoder, AutoencoderConfig, load_autoencoder
 from models.base import DiffusionModule
@@ -94,11 +95,11 @@ def load_trained(directory: str | Path, overrides: Sequence[str] = ()) -> RunCon
 
 def sample(config: RunConfig, step: int | None = None) -> SampleFiles:
     """Draw the samples of the protocol from the checkpoint at `step` (None: the last) -> their files."""
-    run = plan(config)
-    step = run.budget.steps if step is None else step
+    plan = plan_training(config)
+    step = plan.budget.steps if step is None else step
     if step:
         trained_checkpoint(config, step)  # before an autoencoder is made for nothing
-    files = _run(config, run, step, load_decoder(config), scorer=None)[1]
+    files = _sample_and_score(config, plan, step, load_decoder(config), scorer=None)[1]
     say(f"{config.eval.num_samples} samples: {files.path}, {files.grid}")
     return files
 
@@ -106,7 +107,7 @@ def sample(config: RunConfig, step: int | None = None) -> SampleFiles:
 def evaluate_runs(configs: Sequence[RunConfig], step: int | None = None, fmt: str = "terminal") -> None:
     """Score several runs and print one table. Raises: UserError, as `evaluate`, before the first is scored."""
     for config in configs:
-        _stored(config, plan(config).budget.steps if step is None else step)
+        _rows_of(config, plan_training(config).budget.steps if step is None else step)
     results = [evaluate(config, step) for config in configs]
     say(tables.render(tables.build(results), fmt).rstrip())
 
@@ -123,9 +124,9 @@ def evaluate(
 
     Raises: UserError if the run has no such checkpoint.
     """
-    run, state = plan(config), read_state(config.directory)
-    step = run.budget.steps if step is None else step
-    stored = _stored(config, step)
+    plan, state = plan_training(config), read_state(config.directory)
+    step = plan.budget.steps if step is None else step
+    stored = _rows_of(config, step)
     autoencoder = load_decoder(config) if data is None else data.autoencoder
     scorer = scorer or scorer_of(config)
     protocol = describe_protocol(config, autoencoder, scorer)
@@ -135,9 +136,8 @@ def evaluate(
             if is_main_process():
                 _store(config).append(result)
             return result
-    world_size, files, kept, scores = _run(config, run, step, autoencoder, scorer)
+    world_size, files, kept, scores = _sample_and_score(config, plan, step, autoencoder, scorer)
     sampling = files.sampling
-    guided = sampling.cfg_scale != 1 and run.spec.num_classes > 0
     images_seen = step * config.recipe.batch_size
     result = Result(
         run_id=config.run_id,
@@ -153,13 +153,13 @@ def evaluate(
         steps=step,
         images_seen=images_seen,
         batch_size=config.recipe.batch_size,
-        params_m=run.cost.params_m,
-        gflops=run.cost.gflops,
-        gflops_parts=run.cost.parts,
-        train_gflops=budgets.training_gflops(run.cost.gflops, config.recipe.batch_size, step) if step else 0.0,
-        train_gflops_papers=run.cost.gflops * images_seen,
-        sample_gflops=budgets.sample_gflops(run.cost.gflops, sampling.sampler.steps, guided),
-        train_seconds=state.get("train_seconds", 0.0) if step == run.budget.steps else 0.0,
+        params_m=plan.cost.params_m,
+        gflops=plan.cost.gflops,
+        gflops_parts=plan.cost.parts,
+        train_gflops=budgets.training_gflops(plan.cost.gflops, config.recipe.batch_size, step) if step else 0.0,
+        train_gflops_papers=plan.cost.gflops * images_seen,
+        sample_gflops=sampling.gflops(plan.cost.gflops, plan.spec.num_classes),
+        train_seconds=state.get("train_seconds", 0.0) if step == plan.budget.steps else 0.0,
         protocol=protocol,
         checkpoint=str(checkpoint_path(config.directory, step).relative_to(config.paths.runs)) if step else "",
         samples=str(files.path.relative_to(config.paths.runs)),
@@ -175,7 +175,7 @@ def _store(config: RunConfig) -> ResultStore:
     return ResultStore(Path(config.paths.runs) / "results.jsonl")
 
 
-def _stored(config: RunConfig, step: int) -> list[Result]:
+def _rows_of(config: RunConfig, step: int) -> list[Result]:
     """The rows of the weights at `step`, by any protocol.
 
     Raises: UserError if there are neither rows nor weights, before an autoencoder or a reference is made for nothing.
@@ -198,13 +198,13 @@ def trained_checkpoint(config: RunConfig, step: int) -> Path:
     return checkpoint
 
 
-def trained_module(config: RunConfig, run: Plan, step: int) -> DiffusionModule:
+def trained_module(config: RunConfig, plan: TrainingPlan, step: int) -> DiffusionModule:
     """The module with the EMA weights at `step`; 0: the untrained weights.
 
     Raises: UserError if there are none, or they were trained with other settings.
     """
     checkpoint = trained_checkpoint(config, step) if step else None
-    module = build_module(config, run.spec)
+    module = build_module(config, plan.spec)
     if checkpoint is not None:
         load_weights(module, checkpoint, config)
     return module
@@ -253,11 +253,11 @@ def score_line(result: Result) -> str:
     return ", ".join(f"{name} {value:.4g} ± {result.ci95[name]:.2g}" for name, value in result.scores.items())
 
 
-def _run(
-    config: RunConfig, run: Plan, step: int, autoencoder: Autoencoder, scorer: Scorer | None
+def _sample_and_score(
+    config: RunConfig, plan: TrainingPlan, step: int, autoencoder: Autoencoder, scorer: Scorer | None
 ) -> tuple[int, SampleFiles, FeatureBlocks, dict[str, metrics.Score]]:
     """One pass over the samples -> (world size, sample files, features kept meanwhile, scores by column)."""
-    module = trained_module(config, run, step)
+    module = trained_module(config, plan, step)
     sampling = Sampling.of(config)
     files = SampleFiles(sampling.directory(config.directory, step), sampling)
     kept = FeatureBlocks(files.directory, scorer)

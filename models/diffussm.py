@@ -26,11 +26,21 @@ from models.layers import (
     LabelEmbedder,
     TimestepEmbedder,
     initialize_embedders,
+    side_in_patches,
     sincos_positions,
     unpatchify,
     zero_linears,
 )
-from models.recipe import OptimizerConfig, ProcessConfig, Recipe, SamplerConfig, require, require_positive
+from models.recipe import (
+    OptimizerConfig,
+    ProcessConfig,
+    Recipe,
+    SamplerConfig,
+    fill_parts,
+    require,
+    require_positive,
+    require_size,
+)
 from models.s4d import DISCRETIZATIONS, INITS, S4D
 
 # size -> (depth, width, d_state). Printed: depth and width of XL; widths of S and L. Their depth is taken to be XL's,
@@ -119,13 +129,10 @@ class DiffuSSMConfig:
     trainable_B: bool = True
 
     def __post_init__(self) -> None:
-        if self.size not in SIZES:
-            raise ValueError(f"model.size {self.size!r} is not a DiffuSSM size. Choose one of {', '.join(SIZES)}.")
+        require_size(self.size, SIZES, "DiffuSSM")
         require(self.reading, CHOICES["reading"], "model.reading")
         named = dict(zip(("depth", "width", "d_state"), SIZES[self.size], strict=True))
-        for part, value in (named | READINGS[self.reading]._asdict()).items():
-            if getattr(self, part) is None:
-                object.__setattr__(self, part, value)
+        fill_parts(self, named | READINGS[self.reading]._asdict())
         for key, allowed in CHOICES.items():
             require(getattr(self, key), allowed, f"model.{key}")
         for key in ("depth", "width", "d_state", "h", "g", "M", "patch_size", "dt_min"):
@@ -232,13 +239,8 @@ class DiffuSSM(nn.Module):
     def __init__(self, config: DiffuSSMConfig, spec: BackboneSpec) -> None:
         super().__init__()
         (depth, width, _), patch = config.parts, config.patch_size
-        if spec.latent_size % patch:
-            raise ValueError(
-                f"A latent size of {spec.latent_size} does not divide into patches of {patch}. "
-                f"Choose a model.patch_size that divides {spec.latent_size}."
-            )
         self.config, self.spec = config, spec
-        self.side = spec.latent_size // patch  # positions per row and per column
+        self.side = side_in_patches(spec.latent_size, patch)  # positions per row and per column
         if self.side**2 % config.M:
             raise ValueError(
                 f"The {self.side} x {self.side} positions of this latent do not divide into groups of {config.M}. "

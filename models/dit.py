@@ -20,11 +20,20 @@ from models.layers import (
     TimestepEmbedder,
     initialize_embedders,
     modulate,
+    side_in_patches,
     sincos_positions,
     unpatchify,
     zero_linears,
 )
-from models.recipe import OptimizerConfig, ProcessConfig, Recipe, SamplerConfig, require_positive
+from models.recipe import (
+    OptimizerConfig,
+    ProcessConfig,
+    Recipe,
+    SamplerConfig,
+    fill_parts,
+    require_positive,
+    require_size,
+)
 
 # size -> (depth, width, heads, patch_size); DiT Table 1, patches 2, 4, 8. T/2 is ours, for 28 x 28 digits.
 SIZES = {
@@ -59,11 +68,8 @@ class DiTConfig:
     mlp_ratio: float = 4.0  # hidden width of a block's MLP / width
 
     def __post_init__(self) -> None:
-        if self.size not in SIZES:
-            raise ValueError(f"model.size {self.size!r} is not a DiT size. Choose one of {', '.join(SIZES)}.")
-        for part, value in zip(("depth", "width", "heads", "patch_size"), SIZES[self.size], strict=True):
-            if getattr(self, part) is None:
-                object.__setattr__(self, part, value)
+        require_size(self.size, SIZES, "DiT")
+        fill_parts(self, dict(zip(("depth", "width", "heads", "patch_size"), SIZES[self.size], strict=True)))
         for key in ("depth", "width", "heads", "patch_size", "mlp_ratio"):
             require_positive(getattr(self, key), f"model.{key}")
         _, width, heads, _ = self.parts
@@ -114,13 +120,8 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig, spec: BackboneSpec) -> None:
         super().__init__()
         depth, width, heads, patch_size = config.parts
-        if spec.latent_size % patch_size:
-            raise ValueError(
-                f"A latent size of {spec.latent_size} does not divide into patches of {patch_size}. "
-                f"Choose a model.patch_size (or a model.size ending in one) that divides {spec.latent_size}."
-            )
         self.config, self.spec = config, spec
-        self.side = spec.latent_size // patch_size  # tokens per row and per column
+        self.side = side_in_patches(spec.latent_size, patch_size)  # tokens per row and per column
         self.x_embedder = PatchEmbed(spec.latent_size, patch_size, spec.in_channels, width)
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(spec.label_rows, width) if spec.num_classes else None

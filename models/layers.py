@@ -95,6 +95,16 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+def side_in_patches(latent_size: int, patch_size: int) -> int:
+    """Patches per row and per column. Raises: ValueError if they do not fill the latent."""
+    if latent_size % patch_size:
+        raise ValueError(
+            f"A latent size of {latent_size} does not divide into patches of {patch_size}. Choose a model.patch_size, "
+            f"or a model.size that ends in one, that divides {latent_size}."
+        )
+    return latent_size // patch_size
+
+
 def unpatchify(tokens: Tensor, patch_size: int, rows: int, columns: int) -> Tensor:
     """Tokens (B, rows*columns, P*P*C), inside a patch ordered (row, column, channel) -> (B, C, rows*P, columns*P)."""
     b, _, width = tokens.shape

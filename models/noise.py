@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Top word of the Philox counter: streams of one (seed, index) that must not overlap. datamodules/base.py uses 16-17.
+# Top word of the Philox counter: streams of one (seed, index) that must not overlap. datamodules/base.py uses 16-18.
 TRAIN, LABEL, START, STEP = 0, 1, 2, 3
 
 

@@ -6,7 +6,9 @@ recipe of its paper (`paper_recipe`); `configs/recipe/shared.yaml` gives one to 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 PROCESSES = ("iddpm", "vp", "sd_discrete")
 SAMPLERS = {  # sampler -> processes it is defined for
@@ -23,6 +25,19 @@ def require(value: object, allowed: tuple, key: str) -> None:
     """Raises: ValueError naming the key, the value given and the values allowed."""
     if value not in allowed:
         raise ValueError(f"{key} {value!r} is not known. Choose one of {', '.join(map(str, allowed))}.")
+
+
+def require_size(size: str, sizes: Mapping[str, Any], title: str) -> None:
+    """Raises: ValueError if an architecture has no such named size."""
+    if size not in sizes:
+        raise ValueError(f"model.size {size!r} is not a {title} size. Choose one of {', '.join(sizes)}.")
+
+
+def fill_parts(config: Any, named: Mapping[str, Any]) -> None:
+    """Give the parts of a frozen `config` that are None the values that its size names."""
+    for part, value in named.items():
+        if getattr(config, part) is None:
+            object.__setattr__(config, part, value)
 
 
 def require_positive(value: float, key: str) -> None:
@@ -58,7 +73,7 @@ class ProcessConfig:
 
     @property
     def learn_sigma(self) -> bool:
-        """The backbone also predicts the variance (2C output channels); only IDDPM can (1.6)."""
+        """The backbone also predicts the variance (2C output channels); only IDDPM's loss trains it."""
         return self.name == "iddpm" and self.variance == "learned_range"
 
 

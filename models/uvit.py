@@ -17,8 +17,16 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from models.base import Architecture, BackboneSpec, DiffusionModule
-from models.layers import Block, timestep_features, unpatchify
-from models.recipe import OptimizerConfig, ProcessConfig, Recipe, SamplerConfig, require_positive
+from models.layers import Block, side_in_patches, timestep_features, unpatchify
+from models.recipe import (
+    OptimizerConfig,
+    ProcessConfig,
+    Recipe,
+    SamplerConfig,
+    fill_parts,
+    require_positive,
+    require_size,
+)
 
 # size -> (depth, width, heads, patch_size, conv); U-ViT's released configs. T/2 is ours, for 28 x 28 digits.
 SIZES = {
@@ -53,11 +61,8 @@ class UViTConfig:
     mlp_ratio: float = 4.0  # hidden width of a block's MLP / width
 
     def __post_init__(self) -> None:
-        if self.size not in SIZES:
-            raise ValueError(f"model.size {self.size!r} is not a U-ViT size. Choose one of {', '.join(SIZES)}.")
-        for part, value in zip(("depth", "width", "heads", "patch_size", "conv"), SIZES[self.size], strict=True):
-            if getattr(self, part) is None:
-                object.__setattr__(self, part, value)
+        require_size(self.size, SIZES, "U-ViT")
+        fill_parts(self, dict(zip(("depth", "width", "heads", "patch_size", "conv"), SIZES[self.size], strict=True)))
         for key in ("depth", "width", "heads", "patch_size", "mlp_ratio"):
             require_positive(getattr(self, key), f"model.{key}")
         _, width, heads, _ = self.parts
@@ -98,13 +103,8 @@ class UViT(nn.Module):
     def __init__(self, config: UViTConfig, spec: BackboneSpec) -> None:
         super().__init__()
         depth, width, heads, patch_size = config.parts
-        if spec.latent_size % patch_size:
-            raise ValueError(
-                f"A latent size of {spec.latent_size} does not divide into patches of {patch_size}. "
-                f"Choose a model.patch_size (or a model.size ending in one) that divides {spec.latent_size}."
-            )
         self.config, self.spec = config, spec
-        self.side = spec.latent_size // patch_size  # patches per row and per column
+        self.side = side_in_patches(spec.latent_size, patch_size)  # patches per row and per column
         self.extras = 2 if spec.num_classes else 1
         self.patch_embed = PatchEmbed(spec.latent_size, patch_size, spec.in_channels, width)
         self.time_embed = (

@@ -18,14 +18,13 @@ PACKAGES = ("bench", "models", "datamodules")
 ALLOWED = {"bench": {"models", "datamodules"}, "models": set(), "datamodules": set()}
 # Modules behind which no torch may load: they serve tables and --help.
 LIGHT = """
-    bench.budget bench.cli bench.errors bench.gpus bench.locks bench.metrics bench.plans.command bench.plans.plan
-    bench.plans.printed bench.plans.runs bench.registry bench.reports.curves bench.reports.data bench.reports.facts
-    bench.reports.figures bench.reports.plotting bench.reports.report bench.reports.selection bench.signals
-    bench.store bench.sweeps.jobs bench.sweeps.launch bench.sweeps.points bench.sweeps.printed bench.sweeps.status
-    bench.sweeps.sweep bench.tables.command bench.tables.comparison bench.tables.counted bench.tables.own_rows
-    bench.tables.paper bench.tables.printed_cells bench.tables.published bench.tables.specs
-    bench.tables.stored
-    bench.training.run_record models.recipe
+    bench.budget bench.cli bench.dotted bench.errors bench.gpus bench.locks bench.metrics bench.plans.command
+    bench.plans.plan bench.plans.printed bench.plans.runs bench.registry bench.reports.curves bench.reports.data
+    bench.reports.facts bench.reports.figures bench.reports.plotting bench.reports.report bench.reports.selection
+    bench.signals bench.store bench.sweeps.jobs bench.sweeps.launch bench.sweeps.points bench.sweeps.printed
+    bench.sweeps.status bench.sweeps.sweep bench.tables.command bench.tables.comparison bench.tables.counted
+    bench.tables.own_rows bench.tables.paper bench.tables.printed_cells bench.tables.published bench.tables.specs
+    bench.tables.stored bench.training.run_record models.recipe
 """
 
 

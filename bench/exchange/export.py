@@ -20,7 +20,7 @@ from bench.errors import UserError
 from bench.evaluate import trained_checkpoint
 from bench.exchange.imported import CONFIG, PREFIX
 from bench.training.checkpoints import checked
-from bench.training.train import plan
+from bench.training.plan import plan_training
 from models.autoencoder import SD_NAMES, AutoencoderConfig, load_autoencoder
 from models.base import BackboneSpec
 from models.diffusers_dit import scheduler_card, to_diffusers, transformer_card
@@ -38,8 +38,8 @@ def export_run(config: RunConfig, out: Path, fmt: str, step: int | None = None) 
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already. Give --out a folder that is not.")
-    run = plan(config)
-    step = run.budget.steps if step is None else step
+    plan = plan_training(config)
+    step = plan.budget.steps if step is None else step
     state = checked(trained_checkpoint(config, step), config)["state_dict"]
     tensors = {name.removeprefix(PREFIX): value for name, value in state.items()}
     out = out.resolve()  # `.` has no name to put a temporary one beside
@@ -47,7 +47,7 @@ def export_run(config: RunConfig, out: Path, fmt: str, step: int | None = None) 
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
-        lines = (_diffusers if fmt == "diffusers" else _ours)(config, run.spec, tensors, step, temporary)
+        lines = (_diffusers if fmt == "diffusers" else _ours)(config, plan.spec, tensors, step, temporary)
         temporary.replace(out)
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -63,7 +63,7 @@ def _ours(config: RunConfig, spec: BackboneSpec, tensors: Mapping[str, Tensor], 
     portable = replace(
         config,
         data=replace(config.data, root=None, autoencoder_path=None),
-        budget=config.budget if step == plan(config).budget.steps else BudgetConfig(steps=step),
+        budget=config.budget if step == plan_training(config).budget.steps else BudgetConfig(steps=step),
         paths=PathsConfig(),
     )
     save_file(dict(tensors), out / EXPORT, {"format": "pt", "run_id": config.run_id, "steps": str(step)})

@@ -24,7 +24,8 @@ from bench.exchange.fit import require_architecture, require_fit
 from bench.files import atomic_write
 from bench.tables.published import Published, load_published
 from bench.training.checkpoints import checkpoint_path
-from bench.training.train import plan, read_state, write_state
+from bench.training.plan import plan_training
+from bench.training.run_record import read_state, write_state
 from datamodules.cache import file_sha256
 from models.diffusers_dit import from_diffusers, is_diffusers
 from models.dit import DiTConfig
@@ -56,15 +57,15 @@ def import_run(path: Path, claim: Claim, overrides: list[str]) -> Path:
         weights = read_weights(path)
         own = path.is_dir() and weights.file == path / EXPORT and (path / CONFIG).is_file()
         config, about = (_own if own else _foreign)(path, weights, claim, overrides)
-        run = plan(config)
-        tensors = require_fit(_renamed(weights, config), weights.file, config, run.spec)
+        plan = plan_training(config)
+        tensors = require_fit(_renamed(weights, config), weights.file, config, plan.spec)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from None
     source = {"file": weights.file.name, "sha256": file_sha256(weights.file), "form": weights.form}
     source |= {"taken": weights.taken, **about}
-    directory, final = config.directory, checkpoint_path(config.directory, run.budget.steps)
+    directory, final = config.directory, checkpoint_path(config.directory, plan.budget.steps)
     state = read_state(directory)
     same = state.get("imported", {}).get("sha256") == source["sha256"]
     if state and not same:
@@ -74,18 +75,18 @@ def import_run(path: Path, claim: Claim, overrides: list[str]) -> Path:
     if same and final.exists():
         say(f"{directory}: imported before")
         return directory
-    _write(config, tensors, run.budget.steps)
+    _write(config, tensors, plan.budget.steps)
     write_state(
         directory,
         "finished",
-        steps=run.budget.steps,
+        steps=plan.budget.steps,
         changed=config.changed,
-        images_seen=run.budget.images,
-        train_gflops=run.budget.train_gflops,
+        images_seen=plan.budget.images,
+        train_gflops=plan.budget.train_gflops,
         imported=source,
     )
     say(f"{weights.file}: {about['weights']}; {weights.form}, taken: {weights.taken}")
-    say(f"{directory}: {run.budget.steps:,} steps ({about['steps']}), {run.budget.images:,} images seen")
+    say(f"{directory}: {plan.budget.steps:,} steps ({about['steps']}), {plan.budget.images:,} images seen")
     if "published" in about:
         say(f"  published: {about['published']}")
     return directory

@@ -196,7 +196,7 @@ class ShareMetric(SampleMetric):
 
 
 class RowMetric(SampleMetric):
-    """A score that needs all rows at once; they are kept in float32 and sorted by sample index before use."""
+    """A score that needs all rows at once: kept in float32, put in the order of their samples before use."""
 
     keeps = "rows"
     rows: list[Tensor]

@@ -22,7 +22,7 @@ from bench.flops import count
 from bench.perf.data import random_cache
 from bench.training.callbacks import EMA, TrainingLog, moving_average
 from bench.training.guard import StepGuard
-from bench.training.train import Plan, build_module
+from bench.training.plan import TrainingPlan, build_module
 from bench.training.trainer import build_trainer
 from datamodules.base import Batch, LatentDataModule
 from models.base import BackboneSpec, DiffusionModule
@@ -45,7 +45,7 @@ def loop(images: int = IMAGES, steps: int = STEPS) -> list[Duel]:
 
     config = load_run("digits", [f"recipe.batch_size={images}", "trainer.accelerator=cpu"])
     cost, total = count(config.use.model, config.model, SPEC), WARM_UP + steps
-    run = Plan(SPEC, cost, budgets.resolve(BudgetConfig(steps=total), cost.gflops, images), ())
+    run = TrainingPlan(SPEC, cost, budgets.resolve(BudgetConfig(steps=total), cost.gflops, images), ())
     cache, _ = random_cache(8 * images)
     waiting: dict[str, Clocked] = {}  # what a side has not yet asked for
 

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from bench.console import progress
+from bench.device import device_name
 from bench.errors import UserError
 from bench.perf import data as perf_data
 from bench.perf import overhead as perf_overhead
 from bench.registry import nearest
-from bench.training.train import device_name
 
 DIM = 2048  # of Inception's pooled features
 

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from bench import budget as budgets
+from bench.dotted import flatten
 from bench.plans.plan import GPUS_A_NODE, RunPlan
-from bench.sweeps.points import flatten
 from bench.tables.counted import counted
 from bench.tables.own_rows import COUNT_TOLERANCE, LOADER, differing, origin, run_record
 from bench.tables.specs import RUN_FILE, PaperRun

@@ -17,12 +17,11 @@ from bench.store import Result
 from bench.tables.comparison import finals, labels, require_one_protocol, score_specs
 from bench.tables.formats import number
 
-KINDS = ("score", "loss", "grids", "gflops")
-
 
 def draw(kind: str, selection: Selection, *, column: str | None = None, every: bool = False) -> Figure:
-    """One of `KINDS` of the selected runs. column: the score, None: the protocol's first; every: grids of every scored
-    checkpoint, not of the last ones alone.
+    """The figure of a kind (score | loss | grids | gflops), of the selected runs.
+
+    column: the score, None: the protocol's first; every: grids of every scored checkpoint, not of the last ones alone.
 
     Raises: UserError if a setting does not belong to the kind, or what it shows is not stored.
     """

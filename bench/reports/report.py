@@ -13,6 +13,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from bench import budget as budgets
+from bench.dotted import flatten
 from bench.files import atomic_write
 from bench.reports.curves import levels, loss_curves
 from bench.reports.data import (
@@ -124,14 +125,6 @@ def _equal(rows: Sequence[Result]) -> str:
 
 def _side_by_side(configs: Sequence[Mapping[str, Any]]) -> Iterator[Setting]:
     """Recipe, budget and seed of every run, key by key."""
-    flat = [dict(_flatten({key: config[key] for key in ("recipe", "budget", "seed")})) for config in configs]
+    flat = [flatten({key: config[key] for key in ("recipe", "budget", "seed")}) for config in configs]
     for key in dict.fromkeys(key for settings in flat for key in settings):
-        yield Setting(key, [settings.get(key, "–") for settings in flat])
-
-
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flatten(inner, f"{prefix}.{key}" if prefix else key)
-    else:
-        yield prefix, str(value)
+        yield Setting(key, [str(settings.get(key, "–")) for settings in flat])

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from bench.config import RunConfig
 from bench.console import is_main_process, progress, say
+from bench.device import device_of
 from bench.errors import UserError
 from bench.evaluate import draw, load_decoder, trained_module
 from bench.files import atomic_write
 from bench.scoring.samples import Sampling
-from bench.training.train import plan
+from bench.training.plan import plan_training
 
 COUNT = 4  # images of a class
 GAP = 2  # white pixels between images
@@ -38,16 +39,16 @@ def look(config: RunConfig, classes: list[int], count: int, out: Path, step: int
         raise UserError(f"--out {out}: give a name that ends in .png.")
     if count < 1:
         raise UserError(f"--count is {count}; it must be at least 1.")
-    run = plan(config)
-    if not run.spec.num_classes:
+    plan = plan_training(config)
+    if not plan.spec.num_classes:
         raise UserError(f"{config.directory} has no classes to choose from. Leave out --classes.")
     for label in classes:
-        if label >= run.spec.num_classes:
+        if label >= plan.spec.num_classes:
             raise UserError(
-                f"--classes: {label} is no class of {config.use.data}; choose from 0 to {run.spec.num_classes - 1}."
+                f"--classes: {label} is no class of {config.use.data}; choose from 0 to {plan.spec.num_classes - 1}."
             )
-    device = torch.device("cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-    module = trained_module(config, run, run.budget.steps if step is None else step).to(device).eval()
+    device = device_of(config.trainer.accelerator)
+    module = trained_module(config, plan, plan.budget.steps if step is None else step).to(device).eval()
     autoencoder = load_decoder(config).to(device)
     s, wanted = Sampling.of(config), [(label, column) for label in classes for column in range(count)]
     images: list[Tensor] = []  # (3,H,W) uint8 each

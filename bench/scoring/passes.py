@@ -23,13 +23,13 @@ from torch.utils.data import DataLoader
 from bench import metrics
 from bench.config import TrainerConfig
 from bench.console import progress, quiet_lightning
+from bench.device import device_name
 from bench.errors import UserError
 from bench.files import atomic_write, short_digest
 from bench.metrics.base import share_states
 from bench.scoring.scorer import Scorer
 from bench.store import provenance
 from bench.training.stopping import OwnSignals
-from bench.training.train import device_name
 
 
 class Source(Protocol):

@@ -8,7 +8,6 @@ runs/<run_id>/samples/step-<steps>-<digest>/
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -21,8 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bench import budget as budgets
 from bench.config import RunConfig
-from bench.files import atomic_write
+from bench.files import atomic_write, short_digest
 from bench.scoring.images import ImageSet, NpzImages, write_npz
 from models.noise import iid_labels
 from models.recipe import SamplerConfig
@@ -64,6 +64,10 @@ class Sampling:
         n, size = self.num_samples, self.batch_size
         return [range(start, min(start + size, n)) for start in range(0, n, size)]
 
+    def gflops(self, forward: float, num_classes: int) -> float:
+        """Gflops to draw one image, where a forward costs `forward`; without classes there is nothing to guide by."""
+        return budgets.sample_gflops(forward, self.sampler.steps, guided=self.cfg_scale != 1 and num_classes > 0)
+
     def draw_labels(self, indices: Sequence[int], num_classes: int) -> Tensor | None:
         """The labels asked for, (len(indices),) int64, or None if unconditional."""
         if num_classes == 0:
@@ -73,8 +77,7 @@ class Sampling:
         return iid_labels(self.seed, indices, num_classes)
 
     def directory(self, run: Path, step: int) -> Path:
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
-        return run / "samples" / f"step-{step:08d}-{digest}"
+        return run / "samples" / f"step-{step:08d}-{short_digest(json.dumps(asdict(self), sort_keys=True))}"
 
 
 def describe_sampling(config: RunConfig) -> dict[str, Any]:

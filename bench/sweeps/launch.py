@@ -27,7 +27,6 @@ from bench.sweeps.printed import commands, write_config
 from bench.sweeps.sweep import PlannedRun, Sweep
 
 UNDER_WAY = ("queued", "running", "preempted")
-LAUNCHERS = ("local", "slurm", "print")
 END_S = 120  # for a job that is asked to stop
 FOREVER_MIN = 365 * 24 * 60  # submitit stops local jobs after 2 minutes by default
 
@@ -133,8 +132,8 @@ def _run_here(sweep: Sweep, todo: dict[str, list[PlannedRun]], at_once: int) -> 
                         continue
                     slot = slots.pop(0)
                     executor = submitit.LocalExecutor(sweep.directory / "logs")
-                    executor.update_parameters(**_local_parameters(todo[run_id][0], slot, at_once))
-                    with _outside_job(), _deaf(), _threads(at_once * todo[run_id][0].processes[1]):
+                    executor.update_parameters(**_local_parameters(todo[run_id][0], slot))
+                    with _outside_job(), _deaf_to_interrupts(), _threads(at_once * todo[run_id][0].processes[1]):
                         job: Any = executor.submit(RunJob(), sweep.directory, run_id)
                     record.write(job=job.job_id)
                     working_on[run_id] = (job, slot)
@@ -179,8 +178,8 @@ def _conclude(record: JobRecord, run_id: str, job: Any) -> None:
     say(f"{run_id}: {entry['state']}{': ' + entry['error'] if entry['error'] else ''}")
 
 
-def _local_parameters(run: PlannedRun, slot: int, at_once: int) -> dict[str, Any]:
-    """submitit's settings of a local job; job `slot` of `at_once` gets its share of the GPUs."""
+def _local_parameters(run: PlannedRun, slot: int) -> dict[str, Any]:
+    """submitit's settings of a local job; of the jobs that run at a time, number `slot` gets its share of the GPUs."""
     devices = run.processes[1]
     gpus: list[int] = []
     if run.config["trainer"]["accelerator"] != "cpu":
@@ -261,7 +260,7 @@ def _outside_job() -> AbstractContextManager:
 
 
 @contextmanager
-def _deaf() -> Iterator[None]:
+def _deaf_to_interrupts() -> Iterator[None]:
     """Processes started in the block do not hear Ctrl-C, which reaches the whole group: `_end` ends them in order."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

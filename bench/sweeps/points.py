@@ -11,12 +11,11 @@ from typing import Any
 import yaml
 
 from bench import registry
+from bench.dotted import Flat, flatten
 from bench.errors import UserError
 
 DISTRIBUTIONS = ("uniform", "loguniform", "choice")
 TARGET = "gflops"  # of one forward; a key of a sweep that picks model.size
-
-Flat = dict[str, Any]  # dotted key -> value
 
 
 def all_points(path: Path, settings: Flat, models: list[Flat]) -> list[Flat]:
@@ -112,25 +111,3 @@ def varied_keys(path: Path) -> list[str]:
         elif part == "random" and rest not in ("count", "seed"):
             found.append(rest.rpartition(".")[0])
     return found
-
-
-def flatten(values: Any, prefix: str = "") -> Flat:
-    """The leaves of nested mappings, by dotted key; an empty mapping is none."""
-    if not isinstance(values, dict):
-        return {prefix: values}
-    return {
-        path: leaf
-        for key, value in values.items()
-        for path, leaf in flatten(value, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
-
-
-def nest(flat: Flat) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for path, value in flat.items():
-        *above, key = path.split(".")
-        node = nested
-        for part in above:
-            node = node.setdefault(part, {})
-        node[key] = value
-    return nested

@@ -29,13 +29,14 @@ import yaml
 
 from bench import budget as budgets
 from bench import registry
+from bench.dotted import Flat, flatten, nest
 from bench.errors import UserError
 from bench.files import atomic_write, short_digest
-from bench.sweeps.points import TARGET, Flat, all_points, flatten, nest, require_own_keys, varied_keys
+from bench.sweeps.points import TARGET, all_points, require_own_keys, varied_keys
 
 if TYPE_CHECKING:
     from bench.config import RunConfig
-    from bench.training.train import Plan
+    from bench.training.plan import TrainingPlan
 
 EQUAL = ("train_gflops", "images", "gflops", "none")
 ONE_RUN = "sweep.run"  # `sweep run <name> sweep.run=<run_id>`: one of the runs as they are
@@ -180,7 +181,7 @@ class _Expander:
         self._templates: dict[str, RunConfig] = {}
         self._parts: dict[tuple[str, str, str], Any] = {}
         self._nodes: dict[tuple[str, str], Any] = {}
-        self._plans: dict[str, Plan] = {}
+        self._plans: dict[str, TrainingPlan] = {}
 
     def config(self, point: Flat) -> RunConfig:
         """The configuration of a point. Raises: UserError, as `load_run`."""
@@ -194,9 +195,9 @@ class _Expander:
                 pass  # the merge in full says what is wrong, and where
         return self._merged(shape, values)
 
-    def planned(self, point: Flat) -> tuple[RunConfig, Plan]:
+    def planned(self, point: Flat) -> tuple[RunConfig, TrainingPlan]:
         """A point's configuration and what it comes to."""
-        from bench.training.train import plan
+        from bench.training.plan import plan_training
 
         config = self.config(point)
         recipe = config.recipe
@@ -204,7 +205,7 @@ class _Expander:
         parts = (config.use, config.model, config.data, recipe.process, recipe.batch_size, recipe.label_dropout)
         key = repr((*parts, config.budget, config.eval.checkpoints, config.paths))
         if key not in self._plans:
-            self._plans[key] = plan(config)
+            self._plans[key] = plan_training(config)
         return config, self._plans[key]
 
     def _merged(self, shape: str, values: dict[str, Any]) -> RunConfig:
@@ -249,7 +250,7 @@ class _Expander:
         return config
 
 
-def _sized(expander: _Expander, point: Flat) -> tuple[RunConfig, Plan, float]:
+def _sized(expander: _Expander, point: Flat) -> tuple[RunConfig, TrainingPlan, float]:
     """The point with the named size nearest to its Gflops target (by ratio), and by how much it is off."""
     rest = {key: value for key, value in point.items() if key != TARGET}
     target = point[TARGET]
@@ -281,7 +282,7 @@ def _asked_protocol(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(asked))
 
 
-def _planned(config: RunConfig, plan: Plan, values: Flat, gap: float | None) -> PlannedRun:
+def _planned(config: RunConfig, plan: TrainingPlan, values: Flat, gap: float | None) -> PlannedRun:
     untrained = [0] if config.eval.untrained else []
     return PlannedRun(
         run_id=config.run_id,
@@ -303,8 +304,8 @@ def _require_distinct(path: Path, runs: list[PlannedRun]) -> None:
         key = json.dumps([run.run_id, run.config["eval"]], sort_keys=True)
         if key in seen:
             raise UserError(
-                f"{path.name}: '{seen[key]}' and '{run.label}' are the same run. trainer.* and tracking change nothing "
-                "that is computed, and a value that is the default already is no other."
+                f"{path.name}: '{seen[key]}' and '{run.label}' are the same run. trainer.* (but for precision) and "
+                "tracking make no other run, and neither does a value that is the default already."
             )
         seen[key] = run.label
 

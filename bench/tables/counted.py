@@ -21,7 +21,7 @@ from bench.registry import CONFIGS
 from bench.tables.specs import RUN_FILE, PaperRun
 
 if TYPE_CHECKING:
-    from bench.training.train import Plan
+    from bench.training.plan import TrainingPlan
 
 FILE = CONFIGS / "counted.csv"
 
@@ -86,10 +86,10 @@ def count_missing(runs: Iterable[PaperRun]) -> list[Counted]:
 def count_run(run: PaperRun) -> Counted:
     """A run's line, counted now."""
     from bench.config import load_run  # torch loads here
-    from bench.training.train import plan
+    from bench.training.plan import plan_training
 
     config = load_run(RUN_FILE, run.overrides)
-    planned = plan(config)
+    planned = plan_training(config)
     one, two = (_saved_bytes(run.model, config.model, planned, batch) for batch in (1, 2))
     cost = planned.cost
     return Counted(
@@ -106,7 +106,7 @@ def count_run(run: PaperRun) -> Counted:
     )
 
 
-def _saved_bytes(name: str, config: object, planned: Plan, batch: int) -> int:
+def _saved_bytes(name: str, config: object, planned: TrainingPlan, batch: int) -> int:
     """Bytes that autograd keeps of a forward of `batch` images under bfloat16 autocast, weights left out."""
     import torch
     from torch import Tensor

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
+from bench.dotted import flatten
 from bench.metrics import METRICS, column
 from bench.store import Result
-from bench.sweeps.points import flatten
 from bench.tables.counted import counted
 from bench.tables.specs import PaperRun, Place, TableSpec
 

@@ -55,7 +55,7 @@ def build(spec: TableSpec, results: Sequence[Result], runs: Path, low_confidence
             if any(key in values for key in SCORES):
                 grid.append(_difference_line(spec, row, values))
     header = ("model", *(_title(key) for key in spec.columns))
-    notes = _notes(spec, marks, used, own, strangers, low_confidence)
+    notes = _notes(spec, marks, used, own, strangers)
     return TableData(header, tuple(grid), notes, tuple(records), f"{spec.title} ({spec.paper})")
 
 
@@ -210,7 +210,7 @@ def _own_record(spec: TableSpec, row: OwnRow, values: Mapping[str, Value]) -> di
 
 
 def _notes(
-    spec: TableSpec, marks: Marks, used: list[Published], own: list[OwnRow], strangers: list[str], low: bool
+    spec: TableSpec, marks: Marks, used: list[Published], own: list[OwnRow], strangers: list[str]
 ) -> tuple[str, ...]:
     notes = (
         [f"† As printed in {spec.sources[0]}" + (" unless a letter says where else." if marks.sources else ".")]

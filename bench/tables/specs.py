@@ -22,9 +22,12 @@ from typing import Any
 
 import yaml
 
+from bench import budget as budgets
 from bench import registry
+from bench.budget import BudgetConfig
+from bench.dotted import flatten
 from bench.errors import UserError
-from bench.sweeps.points import all_points, flatten
+from bench.sweeps.points import all_points
 from models.recipe import Recipe
 
 RUN_FILE = "imagenet256"  # of configs/run/: shared recipe, protocol fid50k; what differs is said by overrides
@@ -40,7 +43,7 @@ class PaperRun:
     size: str
     data: str  # datamodules/<data>.py
     recipe: str
-    budget: Mapping[str, float]  # one of `BUDGETS`
+    budget: Mapping[str, Any]  # one of `BUDGETS` -> how much
     batch_size: int  # of the recipe, as are the next three
     sampler: str
     sampler_steps: int
@@ -73,9 +76,7 @@ class PaperRun:
 
     def images(self, gflops: float) -> int:
         """Training images, whole steps; `gflops` is one forward's."""
-        per_image = {"steps": 1 / self.batch_size, "images": 1, "train_gflops": 3 * gflops}
-        ((key, amount),) = self.budget.items()
-        return int(amount / per_image[key] * (1 + 1e-12)) // self.batch_size * self.batch_size
+        return budgets.resolve(BudgetConfig(**self.budget), gflops, self.batch_size).images
 
 
 @dataclass(frozen=True)

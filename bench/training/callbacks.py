@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,12 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from bench.budget import training_gflops
 from bench.console import progress
 from bench.files import append_line, atomic_write
 from bench.gpus import peak_gflops
 from bench.training.buckets import LossByTime, means
+from bench.training.checkpoints import checkpoint_path
 from bench.training.guard import StepGuard
 from models.base import DiffusionModule
 
@@ -61,23 +64,34 @@ def moving_average(decay: float, warmup: bool) -> Callable[[list[Tensor], list[T
     return update
 
 
-class CheckpointAt(L.Callback):
-    """Keeps a checkpoint `step-<steps>.ckpt` after each of the given optimizer steps."""
+class StepCallback(L.Callback, ABC):
+    """Called after each optimizer step that is taken here; of several micro-batches only the last one takes it."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step  # the one a run resumes from
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            self.on_step_end(trainer, self._step)
+
+    @abstractmethod
+    def on_step_end(self, trainer: L.Trainer, step: int) -> None:
+        """`step` optimizer steps have been taken."""
+
+
+class CheckpointAt(StepCallback):
+    """Keeps the checkpoints of some optimizer steps in a run directory."""
 
     def __init__(self, directory: Path, steps: Collection[int]) -> None:
         self.directory, self.steps = directory, frozenset(steps)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._saved = trainer.global_step  # the step that a run resumes from
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        step = trainer.global_step
-        if step in self.steps and step != self._saved:  # several micro-batches share one optimizer step
-            trainer.save_checkpoint(self.directory / f"step-{step:08d}.ckpt")
-            self._saved = step
+    def on_step_end(self, trainer: L.Trainer, step: int) -> None:
+        if step in self.steps:
+            trainer.save_checkpoint(checkpoint_path(self.directory, step))
 
 
-class TrainingLog(L.Callback):
+class TrainingLog(StepCallback):
     """Appends a line to metrics.jsonl every `every` steps and draws the progress bar.
 
     metrics.jsonl is the record of the run; W&B mirrors it. Lines behind the checkpoint a run resumes from are dropped,
@@ -110,6 +124,7 @@ class TrainingLog(L.Callback):
         self.seconds, self._loaded = state_dict["seconds"], state_dict["loss_by_time"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         module = cast(DiffusionModule, pl_module)
         self._strategy, self.writes = trainer.strategy, trainer.is_global_zero
         self._by_time = LossByTime(module.process, module.device)
@@ -118,7 +133,7 @@ class TrainingLog(L.Callback):
         peak = peak_gflops(torch.cuda.get_device_name(), str(trainer.precision)) if module.on_gpu else None
         self._peak = peak * trainer.world_size if peak else None
         self._started = time.monotonic()
-        self._step, self._last_step, self._last_time = trainer.global_step, trainer.global_step, self._started
+        self._last_step, self._last_time = trainer.global_step, self._started
         self._bar = progress(total=self.steps, initial=trainer.global_step, unit="step", desc=self.path.parent.name)
         if trainer.is_global_zero:
             lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
@@ -126,11 +141,7 @@ class TrainingLog(L.Callback):
             with atomic_write(self.path) as file:
                 file.writelines(line for line in complete if json.loads(line)["train/step"] <= trainer.global_step)
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        step = trainer.global_step
-        if step == self._step:  # a micro-batch on the way to a step
-            return
-        self._step = step
+    def on_step_end(self, trainer: L.Trainer, step: int) -> None:
         self._bar.update()
         for part in self.guard.parts:
             self._by_time.add(part)
@@ -145,7 +156,7 @@ class TrainingLog(L.Callback):
         values |= {
             "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
             "train/images_per_s": images_per_s,
-            "train/gflops_per_s": 3 * self.gflops * images_per_s,
+            "train/gflops_per_s": training_gflops(self.gflops, 1, 1) * images_per_s,
         }
         if self._peak:
             values["train/mfu"] = values["train/gflops_per_s"] / self._peak
@@ -156,8 +167,8 @@ class TrainingLog(L.Callback):
         """A line of metrics.jsonl, and its mirror; on the first process."""
         if not self.writes:
             return
-        images = step * self.images_per_step
-        row = {"train/step": step, "images_seen": images, "train_gflops": 3 * self.gflops * images, **values}
+        spent = training_gflops(self.gflops, self.images_per_step, step)
+        row = {"train/step": step, "images_seen": step * self.images_per_step, "train_gflops": spent, **values}
         append_line(self.path, json.dumps(row))
         self.mirror(row)
 

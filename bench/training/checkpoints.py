@@ -20,9 +20,9 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from bench.config import RunConfig
 from bench.console import is_main_process, say
+from bench.dotted import flatten
 from bench.errors import UserError
 from bench.files import atomic_write
-from bench.sweeps.points import flatten
 from models.base import DiffusionModule
 
 SETTINGS = "isodiff"  # the key of a checkpoint under which they stand

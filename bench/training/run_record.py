@@ -89,3 +89,14 @@ class RunRecord:
 def sentence(error: BaseException) -> str:
     """One line that says what went wrong."""
     return str(error) if isinstance(error, UserError) else traceback.format_exception_only(error)[-1].strip()
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """The run.json of a run directory; {} if there is none."""
+    return RunRecord(directory).read()
+
+
+def write_state(directory: Path, state: str, **values: Any) -> None:
+    """As `RunRecord.write`, on the first process."""
+    if is_main_process():
+        RunRecord(directory).write(state, **values)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
 
 from bench import signals
 from bench.errors import SharedError
+from bench.training.callbacks import StepCallback
 from bench.training.guard import StepGuard
 
 
@@ -19,13 +19,14 @@ class OwnSignals(L.Callback):
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         signals.take_back()
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         signals.take_back()
 
 
-class StopAtStep(OwnSignals):
+class StopAtStep(OwnSignals, StepCallback):
     """Saves `checkpoint` after the step in which any process got a signal or the time was up, and ends the training.
 
     The guard knows of both from the one exchange between processes that a step has.
@@ -34,13 +35,11 @@ class StopAtStep(OwnSignals):
     def __init__(self, checkpoint: Path, guard: StepGuard) -> None:
         self.checkpoint, self.guard = checkpoint, guard
         self.stopped = False
-        self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._step = trainer.global_step
         if trainer.world_size > 1:  # each process has looked for the newest checkpoint by itself
-            step = torch.tensor(self._step, device=trainer.strategy.root_device)
+            step = torch.tensor(trainer.global_step, device=trainer.strategy.root_device)
             steps = trainer.strategy.all_gather(step).flatten().tolist()
             if len(set(steps)) > 1:
                 raise SharedError(
@@ -48,13 +47,10 @@ class StopAtStep(OwnSignals):
                     "meanwhile. Run the same command again."
                 )
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == self._step:  # a micro-batch on the way to a step
-            return
-        self._step = trainer.global_step
+    def on_step_end(self, trainer: L.Trainer, step: int) -> None:
         if self.guard.signum:
             signals.heed(self.guard.signum)  # in the last step, too: no process goes on to score alone
-        if self._step == trainer.max_steps:
+        if step == trainer.max_steps:
             return
         self.stopped = bool(self.guard.signum)
         if self.guard.signum or self.guard.late:

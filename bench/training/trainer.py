@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from bench.config import RunConfig, TrainerConfig
 from bench.console import quiet_lightning
+from bench.device import device_of
 from bench.errors import UserError
 from bench.training.callbacks import CheckpointAt
 from bench.training.checkpoints import CheckpointFiles
 from bench.training.compiling import compile_backbone
+from bench.training.plan import TrainingPlan
 from models.base import DiffusionModule
-
-if TYPE_CHECKING:
-    from bench.training.train import Plan  # which imports this module
 
 
 def prepare_backbone(module: DiffusionModule, machine: TrainerConfig) -> None:
@@ -31,8 +29,7 @@ def prepare_backbone(module: DiffusionModule, machine: TrainerConfig) -> None:
         except ValueError as error:
             raise UserError(str(error)) from None
     if machine.compile:
-        gpu = machine.accelerator != "cpu" and torch.cuda.is_available()
-        compile_backbone(module, "cuda" if gpu else "cpu")
+        compile_backbone(module, device_of(machine.accelerator).type)
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -46,7 +43,7 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 def build_trainer(
-    config: RunConfig, run: Plan, directory: Path, first: list[L.Callback], last: Sequence[L.Callback] = ()
+    config: RunConfig, plan: TrainingPlan, directory: Path, first: list[L.Callback], last: Sequence[L.Callback] = ()
 ) -> L.Trainer:
     """Lightning's Trainer for one run: DDP where there are several processes, checkpoints at the scored steps.
 
@@ -61,13 +58,13 @@ def build_trainer(
         num_nodes=machine.num_nodes,
         strategy="ddp" if machine.devices * machine.num_nodes > 1 else "auto",
         precision=machine.precision,  # type: ignore[arg-type]
-        max_steps=run.budget.steps,
+        max_steps=plan.budget.steps,
         max_epochs=-1,
         accumulate_grad_batches=machine.accumulate,
         use_distributed_sampler=False,  # the data module shares positions out itself, without padding
         callbacks=[
             *first,
-            CheckpointAt(checkpoints, run.checkpoint_steps),
+            CheckpointAt(directory, plan.checkpoint_steps),
             *last,
             LastCheckpoint(
                 checkpoints,

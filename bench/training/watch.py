@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
 
 import lightning as L
 import torch
@@ -24,14 +23,14 @@ from bench.scoring.looking import grid
 from bench.scoring.passes import FeatureBlocks, require_enough_blocks, run_pass
 from bench.scoring.samples import SampleFiles, Sampling
 from bench.tracking import Mirror
-from bench.training.callbacks import EMA, TrainingLog
+from bench.training.callbacks import EMA, StepCallback, TrainingLog
 from models.base import BackboneSpec, DiffusionModule
 
 GRID_CLASSES = 8  # shown, evenly spread over those of the data
 GRID_COUNT = 4  # samples of each
 
 
-class Watch(L.Callback):
+class Watch(StepCallback):
     """Every `trainer.grid_every` steps a grid in grids/, every `trainer.score_every` a quick score.
 
     Scores share their samples out over processes, by the code of `evaluate`. A grid is drawn by the first process
@@ -55,14 +54,8 @@ class Watch(L.Callback):
             require_enough_blocks(self.sampling.blocks(), machine.score_samples, machine.devices * machine.num_nodes)
             self.scorer = scorer_of(config)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._step = trainer.global_step
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        step, machine = trainer.global_step, self.config.trainer
-        if step == self._step:  # a micro-batch on the way to a step
-            return
-        self._step = step
+    def on_step_end(self, trainer: L.Trainer, step: int) -> None:
+        machine = self.config.trainer
         if self.lines.guard.signum or self.lines.guard.late:  # the checkpoint that was asked for comes first
             return
         wants_grid = machine.grid_every and step % machine.grid_every == 0 and trainer.is_global_zero

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from bench import cli
 from bench.evaluate import load_trained
 from bench.exchange.imported import printed_row, released
-from bench.training.train import plan
+from bench.training.plan import plan_training
 from models import autoencoder as autoencoders
 from models.base import BackboneSpec
 from models.diffussm import DiffuSSM, DiffuSSMConfig
@@ -111,7 +111,7 @@ def test_a_run_says_where_its_weights_come_from_and_what_they_cost(files, tmp_pa
     record = json.loads((run / "run.json").read_text())
     config = load_trained(run)
     assert (record["state"], record["steps"], record["images_seen"]) == ("finished", 50, 50 * 1024)
-    assert record["train_gflops"] == pytest.approx(3 * plan(config).cost.gflops * 50 * 1024)
+    assert record["train_gflops"] == pytest.approx(3 * plan_training(config).cost.gflops * 50 * 1024)
     source = record["imported"]
     assert (source["file"], source["form"], source["taken"]) == ("uvit.pt", "state dict", "all of it")
     assert re.fullmatch("[0-9a-f]{64}", source["sha256"]) and source["steps"] == "as --steps says"
@@ -347,7 +347,7 @@ def test_a_grid_has_a_row_for_each_class_drawn_by_the_runs_sampler(files, tmp_pa
     drawn = grid(run, tmp_path / "a.png", "--classes", "1,0", "--cfg-scale", 4, "--count", 3, "eval.seed=5")
     assert drawn.shape == (16 + 2 + 16, 3 * 16 + 2 * 2, 3)
     config = load_trained(run)
-    net = DiT(DiTConfig(size="T/2"), plan(config).spec)
+    net = DiT(DiTConfig(size="T/2"), plan_training(config).spec)
     net.load_state_dict(state_of("dit"))
     sampler = load_trained(run, [DDIM]).eval.sampler
     process = build_process(config.recipe.process)

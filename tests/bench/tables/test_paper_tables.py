@@ -26,7 +26,7 @@ from bench.tables.formats import Cell, TableData, render
 from bench.tables.own_rows import find_own
 from bench.tables.paper import build, paper_table
 from bench.tables.specs import RUN_FILE, load_table, paper_tables
-from bench.training.train import plan
+from bench.training.plan import plan_training
 
 NAMES = paper_tables()
 SCORED = {"fid": 2.31, "sfid": 4.55, "inception_score": 275.0, "precision_float16": 0.829, "recall_float16": 0.571}
@@ -326,7 +326,7 @@ def test_kept_counts_agree_with_an_independent_count():
 def test_kept_counts_are_those_of_bench_flops(table, name):
     run = load_table(table).runs[name]
     config = load_run(RUN_FILE, run.overrides)
-    planned = plan(config)
+    planned = plan_training(config)
     report = flops.count(run.model, config.model, planned.spec)
     stored = counted(run)
     assert stored.params_m == pytest.approx(report.params_m, abs=6e-4)

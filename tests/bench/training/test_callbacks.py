@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
 from bench.training.callbacks import EMA, CheckpointAt
+from bench.training.checkpoints import checkpoint_path
 from bench.training.trainer import LastCheckpoint
 
 
@@ -74,7 +75,7 @@ def expected_average(steps: int, decay) -> float:
 def test_ema_follows_the_recursion_from_the_initial_weights(tmp_path, warmup, decay):
     fit(tmp_path, 9, [EMA(0.8, warmup), CheckpointAt(tmp_path, [4, 9])])
     for steps in (4, 9):
-        checkpoint = torch.load(tmp_path / f"step-{steps:08d}.ckpt", weights_only=True)
+        checkpoint = torch.load(checkpoint_path(tmp_path, steps), weights_only=True)
         assert checkpoint["state_dict"]["weight"].item() == pytest.approx(expected_average(steps, decay), rel=1e-5)
         assert checkpoint["current_model_state"]["weight"].item() == pytest.approx(1 - 0.1 * steps, rel=1e-5, abs=1e-6)
 
@@ -83,15 +84,15 @@ def test_ema_goes_on_after_a_resume(tmp_path):
     fit(tmp_path / "whole", 8, [EMA(0.9, True), CheckpointAt(tmp_path / "whole", [8])])
     fit(tmp_path / "part", 5, [EMA(0.9, True), CheckpointAt(tmp_path / "part", [5])])
     part = tmp_path / "part"
-    fit(part, 8, [EMA(0.9, True), CheckpointAt(part, [5, 8])], ckpt_path=part / "step-00000005.ckpt")
-    whole, resumed = (torch.load(tmp_path / d / "step-00000008.ckpt", weights_only=True) for d in ("whole", "part"))
+    fit(part, 8, [EMA(0.9, True), CheckpointAt(part, [5, 8])], ckpt_path=checkpoint_path(part, 5))
+    whole, resumed = (torch.load(checkpoint_path(tmp_path / d, 8), weights_only=True) for d in ("whole", "part"))
     for key in ("state_dict", "current_model_state"):
         assert torch.equal(whole[key]["weight"], resumed[key]["weight"])
 
 
 def test_checkpoints_count_optimizer_steps_not_micro_batches(tmp_path):
     fit(tmp_path, 4, [EMA(0.9, False), CheckpointAt(tmp_path, [2, 4])], accumulate=3)
-    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step-00000002.ckpt", "step-00000004.ckpt"]
+    assert sorted(tmp_path.glob("checkpoints/*")) == [checkpoint_path(tmp_path, steps) for steps in (2, 4)]
 
 
 def test_a_timed_checkpoint_waits_for_the_end_of_its_step(tmp_path):

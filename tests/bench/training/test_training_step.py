@@ -19,7 +19,9 @@ from bench.gpus import peak_gflops
 from bench.prepare import prepare_data
 from bench.training.callbacks import moving_average
 from bench.training.compiling import compile_backbone
-from bench.training.train import build_module, plan, read_state, train
+from bench.training.plan import build_module, plan_training
+from bench.training.run_record import read_state
+from bench.training.train import train
 from datamodules.base import LatentDataModule
 from models.noise import TRAIN, philox
 
@@ -44,7 +46,7 @@ def plain(tmp_path_factory):
 def test_a_line_is_what_the_first_batch_gives_by_hand(plain):
     """Loss, gradient norm and losses by quarter of t, from the positions 0..7 and the initial weights."""
     root, config = plain
-    module = build_module(config, plan(config).spec)
+    module = build_module(config, plan_training(config).spec)
     batch = next(iter(LatentDataModule(prepare_data(config).latents, batch_size=8).loader()))
     losses = module.process.losses(*module.training_inputs(batch))["loss"]
     losses.mean().backward()
@@ -153,7 +155,7 @@ def test_the_command_says_that_the_time_is_up_and_ends_well(tmp_path, monkeypatc
 def test_a_compiled_backbone_gives_the_same_and_keeps_its_names(tmp_path):
     """A small one: a real size takes a minute to compile."""
     config = load_run("digits", words(tmp_path, "budget.steps=1")[2:])
-    module = build_module(config, plan(config).spec)
+    module = build_module(config, plan_training(config).spec)
     names, part = list(module.state_dict()), module.backbone.t_embedder
     module.backbone = part
     t = torch.tensor([3.0, 500.0])
