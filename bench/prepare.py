@@ -22,7 +22,7 @@ from bench import registry
 from bench.config import RunConfig, TrainerConfig, load_run
 from bench.console import is_main_process, say
 from bench.errors import UserError
-from bench.files import short_digest
+from bench.files import atomic_write, short_digest
 from datamodules.base import DataSet, LatentDataModule
 from datamodules.cache import FORMAT, MANIFEST, PIXELS, CacheMeta, OtherFormat, read_manifest
 from datamodules.prepare import ImageSource, prepare_cache
@@ -86,7 +86,10 @@ def load_data(name: str, overrides: Sequence[str]) -> RunConfig:
 
 
 def prepare(name: str, overrides: Sequence[str]) -> None:
-    """Make the cache of a data set, with `trainer.devices` processes, and say where it lies."""
+    """Make the cache of a data set, with `trainer.devices` processes, and say where it lies.
+
+    Pictures at data.root are gone through even if there is a cache of them: they may have changed since.
+    """
     config = load_data(name, overrides)
     if config.trainer.devices * config.trainer.num_nodes > 1:
         import lightning as L
@@ -95,7 +98,7 @@ def prepare(name: str, overrides: Sequence[str]) -> None:
         require_processes(machine)
         accelerator = "cpu" if machine.accelerator == "auto" and not torch.cuda.is_available() else machine.accelerator
         L.Fabric(accelerator=accelerator, strategy="ddp", devices=machine.devices, num_nodes=machine.num_nodes).launch()
-    data = prepare_data(config)
+    data = prepare_data(config, look=True)
     manifest = read_manifest(data.latents)
     size = sum(shard["bytes"] for shard in manifest["shards"]) / 1e9
     say(f"{data.latents}: {manifest['count']:,} images in {len(manifest['shards'])} shards, {size:.2f} GB")
@@ -111,9 +114,16 @@ def require_processes(machine: TrainerConfig) -> None:
         raise UserError(str(error)) from None
 
 
-def prepare_data(config: RunConfig) -> Data:
-    """Autoencoder and latents of a run's data, from the cache or made now. Raises: UserError for what is missing."""
+def prepare_data(config: RunConfig, *, look: bool = False) -> Data:
+    """Autoencoder and latents of a run's data, from the cache or made now.
+
+    A finished cache serves without a look at the pictures, unless `look` is set and they are here.
+    Raises: UserError for what is missing.
+    """
+    root = config.data.root
     try:
+        if look and root is not None and Path(root).expanduser().exists():
+            return _prepared(config)
         return _finished(config) or _prepared(config)
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -143,15 +153,18 @@ def data_ends(config: RunConfig) -> DataEnds:
 
 
 def finished_caches(config: RunConfig) -> list[Path]:
-    """Caches made by these settings, of the raw images at data.root, or of any where that is not given."""
+    """Caches made by these settings, of the raw images at data.root, or of any where that is not given.
+
+    Of several states of one folder, under one encoder, it is the cache that was prepared last.
+    """
     asked, root = request(config), _root(config)
-    found = []
-    for file in _manifests(config):
+    found: dict[tuple[str, str], Path] = {}
+    for file in sorted(_manifests(config), key=lambda file: file.stat().st_mtime_ns):
         with suppress(OtherFormat):  # which stands in nobody's way: a new one has another folder
             manifest = read_manifest(file.parent)
             if manifest["request"] == asked and root in (None, manifest["root"]):
-                found.append(file.parent)
-    return found
+                found[manifest["root"], manifest["encoder_sha256"]] = file.parent
+    return sorted(found.values())
 
 
 def require_raw(config: RunConfig) -> None:
@@ -264,9 +277,13 @@ def _prepared(config: RunConfig) -> Data:
     path = folder / f"latents-{short_digest(json.dumps([FORMAT, asdict(meta), settings.subset], sort_keys=True))}"
     autoencoder.to(_device(config))
     progress = is_main_process()
-    prepare_cache(
+    manifest = prepare_cache(
         images, labels, autoencoder.moments, path, meta, about=about, processes=Processes.here(), progress=progress
     )
+    if raw is not None and is_main_process() and path not in finished_caches(config):
+        # Made before, of the same pictures elsewhere or of a state that this folder has again: now it is the last one.
+        with suppress(PermissionError), atomic_write(path / MANIFEST) as file:  # it may be there for reading only
+            json.dump(manifest | {"root": about["root"]}, file, indent=1)
     return Data(dataset, autoencoder.to("cpu"), path)
 
 

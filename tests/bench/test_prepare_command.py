@@ -213,6 +213,45 @@ def test_preparing_says_what_is_there_and_what_is_not(world, tmp_path, capsys):
         assert sentence in said
 
 
+def test_pictures_that_changed_are_prepared_again(world, tmp_path, capsys):
+    """Grown, and cut back to what it was: each time `prepare` says what is there, and `train` gets the cache of it."""
+    tree, states = tmp_path / "tree", []
+    layouts.write_tree(tree, PICTURES[60:150])
+    words = settings(tmp_path, tmp_path / "cache", "tree", f"data.autoencoder_path={world / 'vae'}")
+    for found in ("90 pictures in 3 classes", "131 pictures in 4 classes", "90 pictures in 3 classes"):
+        if found.startswith("131"):
+            layouts.write_tree(tree, PICTURES[179:])
+        elif states:
+            shutil.rmtree(tree / layouts.SYNSETS[4])
+            for picture in PICTURES[179:]:
+                (tree / picture.name).unlink(missing_ok=True)
+            layouts.write_tree(tree, PICTURES[60:150])
+        sources._opened.cache_clear()
+        prepare("imagenet256", words)
+        count = int(found.split()[0])
+        said = capsys.readouterr().out
+        assert found in said and f"{count} images in" in said
+        states.append(prepare_data(load_data("imagenet256", words)).latents)
+        assert LatentCache(states[-1]).count == count
+        assert prepare_data(load_data("imagenet256", without_root(words))).latents == states[-1]
+    assert states[0] == states[2] != states[1]
+
+
+def test_a_copy_elsewhere_takes_the_cache_over(world, tmp_path):
+    words = {
+        name: settings(tmp_path, tmp_path / "cache", name, f"data.autoencoder_path={world / 'vae'}") for name in "ab"
+    }
+    for name in "ab":
+        layouts.write_tree(tmp_path / name, PICTURES[60:150])
+    prepare("imagenet256", words["a"])
+    before = contents(tmp_path / "cache")
+    prepare("imagenet256", words["b"])
+    after = contents(tmp_path / "cache")
+    (changed,) = (name for name in before if before[name] != after[name])
+    assert before.keys() == after.keys() and changed.endswith("manifest.json")
+    assert read_manifest(prepare_data(load_data("imagenet256", words["b"])).latents)["root"] == str(tmp_path / "b")
+
+
 def test_a_finished_cache_serves_without_the_pictures(world, tmp_path):
     prepare("imagenet256", settings(world, tmp_path))
     config = load_data("imagenet256", without_root(settings(world, tmp_path)))
