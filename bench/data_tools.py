@@ -14,10 +14,10 @@ from bench.config import RunConfig
 from bench.console import is_main_process, progress, say
 from bench.errors import UserError
 from bench.files import atomic_write
-from bench.prepare import finished_caches, prepare_data, require_raw
+from bench.prepare import finished_caches, prepare_data, records_folder, require_raw
 from datamodules.cache import LABELS, card_of, file_sha256, latent_statistics, read_manifest, read_shard, statistics
 from datamodules.crops import decode
-from datamodules.sources import CroppedImages, unreadable
+from datamodules.sources import CroppedImages, keep_records, skipped_of, unreadable
 
 COLUMNS = 10  # images shown
 
@@ -28,6 +28,7 @@ def check(config: RunConfig) -> None:
     Raises: UserError for what is wrong, or if there is neither.
     """
     dataset = registry.dataset(config.use.data)
+    keep_records(records_folder(config))
     try:
         caches = finished_caches(config)
         faults = [fault for path in caches for fault in check_cache(path)]
@@ -105,12 +106,11 @@ def _check_raw(config: RunConfig, caches: list[Path]) -> list[str]:
         for path in caches
         if read_manifest(path)["source_sha256"] != images.fingerprint
     ]
-    sentences = [sentence for _, sentence in unreadable(raw, progress=is_main_process())]
-    if config.data.on_error == "skip":
-        for sentence in sentences:
-            say(f"  left out: {sentence}")
-        sentences = []
-    return [*faults, *sentences]
+    left_out = skipped_of(images)
+    for sentence in left_out:
+        say(f"  left out: {sentence}")
+    sentences = [str(error) for _, error in unreadable(raw, progress=is_main_process())]
+    return [*faults, *(sentence for sentence in sentences if sentence not in left_out)]
 
 
 def _say_classes(histogram: np.ndarray, names: Any) -> None:

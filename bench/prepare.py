@@ -3,6 +3,7 @@
 cache/<data>/
   autoencoder[-<hash>]/      weights of the small autoencoder trained on the images, where a run asks for it
   latents-<hash>/            posterior moments, or images, of a whole set, by autoencoder and data settings
+cache/raw/                   which pictures of a raw set cannot be decoded, where data.on_error=skip leaves them out
 
 A finished cache serves without the raw images: on another machine, `data.root` may stay away.
 """
@@ -27,7 +28,7 @@ from datamodules.base import DataSet, LatentDataModule
 from datamodules.cache import FORMAT, MANIFEST, PIXELS, CacheMeta, OtherFormat, read_manifest
 from datamodules.prepare import ImageSource, prepare_cache
 from datamodules.processes import Processes, require_launched, wait_for
-from datamodules.sources import skipped_of
+from datamodules.sources import keep_records, skipped_of
 from models.autoencoder import (
     CARD,
     SD_NAMES,
@@ -121,6 +122,7 @@ def prepare_data(config: RunConfig, *, look: bool = False) -> Data:
     Raises: UserError for what is missing.
     """
     root = config.data.root
+    keep_records(records_folder(config))
     try:
         if look and root is not None and Path(root).expanduser().exists():
             return _prepared(config)
@@ -312,6 +314,11 @@ def _load(config: RunConfig, own_folder: str, images: ImageSource | None = None)
 def _latent_shape(autoencoder: Autoencoder, side: int) -> tuple[int, int, int]:
     channels, latent_side = latent_shape(autoencoder.name, side)
     return channels, latent_side, latent_side
+
+
+def records_folder(config: RunConfig) -> Path:
+    """Of lists of unreadable pictures, for all data sets: sizes of one set have the same pictures."""
+    return Path(config.paths.cache) / "raw"
 
 
 def _folder(config: RunConfig) -> Path:

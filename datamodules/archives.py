@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datamodules.raw import EncodedImages, Names, describe, write_whole
+from datamodules.raw import EncodedImages, Names, ReadFailed, describe, write_whole
 
 OPEN_FILES = 64  # archives a process holds open at once
 
@@ -41,14 +41,19 @@ class TarImages(EncodedImages):
 
     def read(self, index: int) -> bytes:
         archive, size = int(self._archive[index]), int(self._size[index])
-        descriptor = self._open.get(archive)
-        if descriptor is None:
-            descriptor = _Descriptor(self.archives[archive])
-            kept = list(self._open.items())[-(OPEN_FILES - 1) :]
-            self._open = {**dict(kept), archive: descriptor}  # replaced whole: other threads keep what they hold
-        content = os.pread(descriptor.number, size, int(self._offset[index]))
+        try:
+            descriptor = self._open.get(archive)
+            if descriptor is None:
+                descriptor = _Descriptor(self.archives[archive])
+                kept = list(self._open.items())[-(OPEN_FILES - 1) :]
+                self._open = {**dict(kept), archive: descriptor}  # replaced whole: other threads keep what they hold
+            content = os.pread(descriptor.number, size, int(self._offset[index]))
+        except OSError as error:
+            raise ReadFailed(
+                f"{self.name(index)} cannot be read out of {self.archives[archive]}: {error.strerror}."
+            ) from None
         if len(content) != size:
-            raise ValueError(f"{self.archives[archive]} is cut short: {self.name(index)} is not whole.")
+            raise ReadFailed(f"{self.archives[archive]} is cut short: {self.name(index)} is not whole.")
         return content
 
     def name(self, index: int) -> str:
@@ -88,13 +93,17 @@ class ParquetImages(EncodedImages):
         return self.__dict__ | {"_groups": {}}
 
     def read(self, index: int) -> bytes:
+        import pyarrow
         import pyarrow.parquet
 
         number, group, row = self._place[index].tolist()
         column = self._groups.get((number, group))
         if column is None:
-            with pyarrow.parquet.ParquetFile(self.shards[number]) as shard:
-                column = shard.read_row_group(group, ["image.bytes"], use_threads=False)["image"]
+            try:
+                with pyarrow.parquet.ParquetFile(self.shards[number]) as shard:
+                    column = shard.read_row_group(group, ["image.bytes"], use_threads=False)["image"]
+            except (OSError, pyarrow.ArrowException) as error:  # damaged pages are told as OSError, too
+                raise ReadFailed(f"{self.name(index)} cannot be read out of {self.shards[number]}: {error}") from None
             last = list(self._groups.items())[-1:]
             self._groups = {**dict(last), (number, group): column}  # replaced whole: other threads keep what they hold
         content = column[row]["bytes"].as_py()

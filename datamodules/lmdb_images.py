@@ -21,7 +21,7 @@ import lmdb
 import numpy as np
 from tqdm import tqdm
 
-from datamodules.raw import EncodedImages, some, write_whole
+from datamodules.raw import EncodedImages, ReadFailed, some, write_whole
 
 BEDROOM, BEDROOM_COUNT = "bedroom_train_lmdb", 3_033_042  # LSUN-Bedrooms' training split
 DEPTH = 4  # folders below the root that are searched
@@ -86,7 +86,7 @@ class LmdbImages(EncodedImages):
         with _reading(self.path), self._environment().begin() as transaction:
             value = transaction.get(key)
         if value is None:
-            raise ValueError(f"{self.path} has no entry {key.decode()} any more. Was it replaced while in use?")
+            raise ReadFailed(f"{self.path} has no entry {key.decode()} any more. Was it replaced while in use?")
         return value
 
     def name(self, index: int) -> str:
@@ -193,7 +193,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except lmdb.Error as error:
-        raise ValueError(f"The database {path} cannot be read: {error}.") from None
+        raise ReadFailed(f"The database {path} cannot be read: {error}.") from None
 
 
 def _digest(value: Any) -> str:

@@ -23,6 +23,10 @@ from tqdm import tqdm
 SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))  # of pictures, lower case
 
 
+class ReadFailed(ValueError):
+    """The disk, or the archive on it, does not give a picture: that says nothing of the picture itself."""
+
+
 class EncodedImages(ABC):
     """Encoded pictures of a set in a fixed order; readers say where they lie."""
 
@@ -42,7 +46,7 @@ class EncodedImages(ABC):
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """The stored file, undecoded."""
+        """The stored file, undecoded. Raises: ReadFailed if it cannot be had; ValueError if nothing is stored."""
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -199,7 +203,7 @@ class FileImages(EncodedImages):
         try:
             return (self.root / self.names[index]).read_bytes()
         except OSError as error:
-            raise ValueError(f"{self.names[index]} cannot be read: {error.strerror}.") from None
+            raise ReadFailed(f"{self.names[index]} cannot be read: {error.strerror}.") from None
 
     def name(self, index: int) -> str:
         return self.names[index]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import multiprocessing
+import os
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +38,12 @@ def expected(rows, rule="adm_imagenet", size=32):
 @pytest.fixture(autouse=True)
 def index(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "index"))
+    monkeypatch.setattr(sources, "_records", tmp_path / "records")
+    forget()
+
+
+def forget():
+    """What a process remembers of the sets it has opened."""
     for memo in (sources._opened, sources._readable, sources._cropped):
         memo.cache_clear()
 
@@ -94,6 +104,117 @@ def test_all_pictures_are_decoded_once_for_all_processes(tree, monkeypatch):
     monkeypatch.setattr(sources, "unreadable", None)  # would raise if it were called again
     monkeypatch.setattr(Processes, "here", lambda: Processes(1, 2))
     assert dataset("imagenet256").images(tree)[0].fingerprint == first.fingerprint
+
+
+# --- the record of unreadable pictures ------------------------------------------------------------------------------
+
+BLANK = replace(PICTURES[3], content=bytes(len(PICTURES[3].content)))  # as long as the sound picture
+
+
+@pytest.fixture
+def blank(tmp_path):
+    """Ten pictures, one of which is a file of zeros."""
+    layouts.write_tree(tmp_path / "set", [BLANK if k == 3 else picture for k, picture in enumerate(PICTURES[:10])])
+    return DataConfig(root=str(tmp_path / "set"), resolution=32, on_error="skip")
+
+
+def length(settings):
+    forget()
+    return len(dataset("imagenet256").images(settings)[0])
+
+
+def break_disk(monkeypatch):
+    """One file gives an I/O error from now on."""
+    whole = Path.read_bytes
+
+    def read(path):
+        if path.name == f"{PICTURES[5].stem}.JPEG":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return whole(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+
+
+@pytest.mark.parametrize("place", ["set", "sound copy"])
+def test_a_picture_that_can_be_decoded_now_is_back(blank, tmp_path, place):
+    assert length(blank) == 9
+    layouts.write_tree(tmp_path / place, PICTURES[:10])
+    assert length(replace(blank, root=str(tmp_path / place))) == 10
+    (record,) = (tmp_path / "records").iterdir()
+    assert record.read_text() == "{}"
+
+
+def test_a_picture_damaged_since_says_how_to_look_again(blank, tmp_path):
+    layouts.write_tree(tmp_path / "set", PICTURES[:10])
+    assert length(blank) == 10
+    layouts.write_tree(tmp_path / "set", [BLANK])
+    forget()
+    with pytest.raises(ValueError, match=rf"cannot be decoded.* when {tmp_path}/records/\S*\.json was made: remove"):
+        dataset("imagenet256").images(blank)[0][:]
+
+
+def test_a_disk_that_fails_is_no_damaged_picture(blank, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        break_disk(patch)
+        with pytest.raises(ValueError, match=rf"{PICTURES[5].name} cannot be read: Input/output error.*try again"):
+            length(blank)
+        assert not list((tmp_path / "records").iterdir())
+    assert length(blank) == 9
+    break_disk(monkeypatch)
+    with pytest.raises(ValueError, match=r"Input/output error\.$"):  # nothing of leaving it out
+        dataset("imagenet256").images(blank)[0][:]
+
+
+def test_a_record_that_is_none_is_made_anew(blank, tmp_path):
+    length(blank)
+    (record,) = (tmp_path / "records").iterdir()
+    whole = record.read_text()
+    for torn in ("", "[]", whole[:-5]):
+        record.write_text(torn)
+        assert length(blank) == 9 and record.read_text() == whole
+
+
+def test_a_record_that_cannot_be_kept_is_told(blank, tmp_path, monkeypatch):
+    (tmp_path / "records").touch()
+    with pytest.raises(ValueError, match=r"records/\S*\.json cannot be written: File exists\. .*paths\.cache"):
+        length(blank)
+    monkeypatch.setattr(sources, "_records", tmp_path / "others")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match=r"cannot be written: No space left on device\. Make room"):
+        length(blank)
+    assert not list((tmp_path / "others").iterdir())
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_processes_without_a_common_home_share_the_record(blank, tmp_path):
+    """With an outdated one in place, which none of them may go by."""
+    length(blank)
+    layouts.write_tree(tmp_path / "set", PICTURES[:10])
+    layouts.write_tree(tmp_path / "set", [replace(PICTURES[7], content=bytes(len(PICTURES[7].content)))])
+
+    def look(rank, answers):
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "XDG_CACHE_HOME": str(tmp_path / f"home{rank}")}
+        if rank == 0:
+            time.sleep(0.5)
+        forget()
+        images = dataset("imagenet256").images(blank)[0]
+        answers.put((images.fingerprint, sources.skipped_of(images)))
+
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    processes = [context.Process(target=look, args=(rank, answers)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    first, second = (answers.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+    assert first == second and first[1][0].startswith(PICTURES[7].name)
+
+
+# --- parts, processes, other sets -----------------------------------------------------------------------------------
 
 
 def test_classes_and_subset_choose_among_the_pictures(tree):
