@@ -13,6 +13,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
@@ -56,6 +57,7 @@ class EncodedImages(ABC):
     def stored_sizes(self) -> np.ndarray:
         """Bytes of each picture (n,) int64, without reading any."""
 
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over names, stored sizes, classes and labels in order: equal for the same set, wherever it lies."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
@@ -113,9 +115,10 @@ class Rows(EncodedImages):
     def stored_sizes(self) -> np.ndarray:
         return self.raw.stored_sizes()[self.rows]
 
+    @cached_property
     def fingerprint(self) -> str:
         """Of the whole set and the choice: the same pictures as a set of their own have another one."""
-        parts = self.raw.fingerprint(), json.dumps(self.classes), self.rows.tobytes().hex()
+        parts = self.raw.fingerprint, json.dumps(self.classes), self.rows.tobytes().hex()
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @property

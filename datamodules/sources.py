@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,9 @@ class CroppedImages:
             raise ValueError(f"{error} {self.remedy}") from None
         return crop(picture, self.rule, self.size)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        return self.raw.fingerprint()
+        return self.raw.fingerprint
 
 
 class ReadablePictures(Rows):
@@ -167,7 +167,7 @@ def _look_at_all(pictures: EncodedImages, alive: Path) -> Iterator[tuple[int, st
 
 def _record(pictures: EncodedImages) -> Path:
     """The list of the pictures of a set that are left out."""
-    return (_records or index_folder()) / f"unreadable-{pictures.fingerprint()[:16]}.json"
+    return (_records or index_folder()) / f"unreadable-{pictures.fingerprint[:16]}.json"
 
 
 def _skipped(record: Path) -> dict[int, str] | None:

@@ -69,13 +69,13 @@ def test_keys_of_no_known_style_are_all_taken(tmp_path):
 
 
 def test_the_fingerprint_is_of_keys_and_sizes(tmp_path, database):
-    whole = open_lsun(database).fingerprint()
-    assert open_lsun(layouts.write_lmdb(tmp_path / "copy", ENTRIES)).fingerprint() == whole
+    whole = open_lsun(database).fingerprint
+    assert open_lsun(layouts.write_lmdb(tmp_path / "copy", ENTRIES)).fingerprint == whole
     key = sorted(ENTRIES)[7]
     for number, other in enumerate(
         [ENTRIES | {key: ENTRIES[key] + b"x"}, {k: v for k, v in ENTRIES.items() if k != key}]
     ):
-        assert open_lsun(layouts.write_lmdb(tmp_path / str(number), other)).fingerprint() != whole
+        assert open_lsun(layouts.write_lmdb(tmp_path / str(number), other)).fingerprint != whole
     more = open_lsun(layouts.write_lmdb(tmp_path / "more", ENTRIES | {b"#": b"60"}))
     assert more.stored_sizes().tolist() == [len(content) for content in CONTENTS]
 

@@ -98,7 +98,7 @@ def test_the_description_says_what_was_found(roots):
 
 
 def test_fingerprints_tell_sets_apart_and_not_places(roots, tmp_path):
-    same = {open_imagenet(roots[name]).fingerprint() for name in ("synset folders", "Kaggle", *ARCHIVES[:2])}
+    same = {open_imagenet(roots[name]).fingerprint for name in ("synset folders", "Kaggle", *ARCHIVES[:2])}
     assert len(same) == 1
     shorter = [*FEW[:4], replace(FEW[4], content=FEW[4].content[:-1]), *FEW[5:]]
     renamed = [*FEW[:4], replace(FEW[4], stem=FEW[4].stem + "0"), *FEW[5:]]
@@ -106,8 +106,16 @@ def test_fingerprints_tell_sets_apart_and_not_places(roots, tmp_path):
     prints = []
     for number, pictures in enumerate([FEW, shorter, renamed, moved, FEW[1:]]):
         layouts.write_tree(tmp_path / str(number), pictures)
-        prints.append(open_imagenet(tmp_path / str(number)).fingerprint())
+        prints.append(open_imagenet(tmp_path / str(number)).fingerprint)
     assert len(set(prints)) == len(prints)
+
+
+def test_sizes_are_looked_up_once_for_all_fingerprints(roots, monkeypatch):
+    """A million files take a while."""
+    images, whole, calls = open_imagenet(roots["synset folders"]), raw.FileImages.stored_sizes, []
+    monkeypatch.setattr(raw.FileImages, "stored_sizes", lambda images: calls.append(1) or whole(images))
+    assert images.fingerprint != Rows(images, [0, 1]).fingerprint != Rows(images, [0, 2]).fingerprint
+    assert len(calls) == 1
 
 
 def test_labels_count_where_names_and_sizes_agree(tmp_path):
@@ -118,13 +126,13 @@ def test_labels_count_where_names_and_sizes_agree(tmp_path):
             for key, label in zip("abc", labels, strict=True):
                 layouts.add(tar, f"{key}.jpg", b"")
                 layouts.add(tar, f"{key}.cls", label.encode())
-        prints.add(open_imagenet(tmp_path / str(number)).fingerprint())
+        prints.add(open_imagenet(tmp_path / str(number)).fingerprint)
     assert len(prints) == 2
 
 
 def test_a_copied_parquet_set_keeps_its_fingerprint(roots, tmp_path):
     shutil.copytree(roots["Parquet"], tmp_path / "copy")
-    assert open_imagenet(tmp_path / "copy").fingerprint() == open_imagenet(roots["Parquet"]).fingerprint()
+    assert open_imagenet(tmp_path / "copy").fingerprint == open_imagenet(roots["Parquet"]).fingerprint
 
 
 # --- the index of archives ------------------------------------------------------------------------------------------
@@ -140,7 +148,7 @@ def test_the_index_is_read_from_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(imagenet_raw, "_inner_tars", no_walk)
     again = open_imagenet(tmp_path, tmp_path / "cache")
     assert layouts.read_all(again) == [picture.content for picture in FEW]
-    assert (again.classes, again.warnings, again.fingerprint()) == (first.classes, first.warnings, first.fingerprint())
+    assert (again.classes, again.warnings, again.fingerprint) == (first.classes, first.warnings, first.fingerprint)
 
 
 def test_another_archive_in_the_same_place_is_indexed_anew(tmp_path):
@@ -458,8 +466,8 @@ def test_rows_and_classes_restrict_together(roots):
 def test_parts_have_fingerprints_of_their_own(roots):
     images = open_imagenet(roots["synset folders"])
     parts = [images, Rows(images, [0, 1]), Rows(images, [1, 0]), Rows(images, [0, 1], classes=[layouts.SYNSETS[0]])]
-    assert len({part.fingerprint() for part in parts}) == 4
-    assert Rows(open_imagenet(roots["Kaggle"]), [0, 1]).fingerprint() == parts[1].fingerprint()
+    assert len({part.fingerprint for part in parts}) == 4
+    assert Rows(open_imagenet(roots["Kaggle"]), [0, 1]).fingerprint == parts[1].fingerprint
 
 
 @pytest.mark.parametrize(
