@@ -159,32 +159,37 @@ def finished_caches(config: RunConfig) -> list[Path]:
 
     Of several states of one folder, under one encoder, it is the cache that was prepared last.
     """
-    asked, root = request(config), _root(config)
+    root = _root(config)
     found: dict[tuple[str, str], Path] = {}
     for file in sorted(_manifests(config), key=lambda file: file.stat().st_mtime_ns):
         with suppress(OtherFormat):  # which stands in nobody's way: a new one has another folder
             manifest = read_manifest(file.parent)
-            if manifest["request"] == asked and root in (None, manifest["root"]):
+            if not _differences(config, manifest) and root in (None, manifest["root"]):
                 found[manifest["root"], manifest["encoder_sha256"]] = file.parent
     return sorted(found.values())
 
 
 def require_raw(config: RunConfig) -> None:
     """Raises: ValueError if there is no data.root, but caches of other settings, which it names."""
-    asked, others = request(config), []
+    others = []
     for file in _manifests(config):
         try:
-            made = read_manifest(file.parent)["request"]
+            differing = ", ".join(_differences(config, read_manifest(file.parent)))
         except OtherFormat:
-            others.append(f"{file.parent.name} (of another version of this program)")
-            continue
-        differing = [f"{key} {made.get(key)}, not {asked[key]}" for key in asked if made.get(key) != asked[key]]
-        others.append(f"{file.parent.name} ({', '.join(differing)})")
+            differing = "of another version of this program"
+        others.append(f"{file.parent.name} ({differing})")
     if config.data.root is None and others:
         raise ValueError(
             f"{_folder(config)} has no latents of these settings, only: {'; '.join(others)}. Ask for those, or give "
             "data.root to encode the images anew."
         )
+
+
+def _differences(config: RunConfig, manifest: dict[str, Any]) -> list[str]:
+    """How a cache differs from what these settings ask for; on_error counts where pictures were left out."""
+    made, asked = manifest["request"], request(config)
+    found = [f"{key} {made.get(key)}, not {asked[key]}" for key in asked if made.get(key) != asked[key]]
+    return found + ["on_error skip, not stop"] * bool(manifest["skipped"] and config.data.on_error == "stop")
 
 
 def _manifests(config: RunConfig) -> list[Path]:
@@ -202,7 +207,6 @@ def request(config: RunConfig) -> dict[str, Any]:
         "crop": settings.crop or dataset.crop,
         "classes": list(settings.classes) if settings.classes is not None else None,
         "subset": settings.subset,
-        "on_error": settings.on_error,
         "autoencoder": SD_FAMILY if settings.autoencoder in SD_NAMES else settings.autoencoder,
         "dtype": PIXELS if pixels else settings.dtype or dataset.dtype,
         "mirrors": dataset.with_mirrors(settings),

@@ -127,8 +127,10 @@ def _opened(reader: Reader, root: str, classes: tuple[str, ...] | None, subset: 
 
 
 @lru_cache(maxsize=4)
-def _readable(pictures: EncodedImages) -> ReadablePictures:
-    """The pictures that can be decoded. The first process looks, unless the record is there and still holds.
+def _readable(pictures: EncodedImages) -> EncodedImages:
+    """The pictures that can be decoded: the set itself, where all can.
+
+    The first process looks, unless the record is there and still holds.
 
     Raises: ReadFailed if the disk does not give a picture; ValueError if the record cannot be written.
     """
@@ -151,7 +153,7 @@ def _readable(pictures: EncodedImages) -> ReadablePictures:
                 lambda: _skipped(record) in outdated, record.parent, "wait", "list of damaged picture", progress=False
             )
         skipped = _skipped(record) or {}
-    return ReadablePictures(pictures, skipped)
+    return ReadablePictures(pictures, skipped) if skipped else pictures
 
 
 def _look_at_all(pictures: EncodedImages, alive: Path) -> Iterator[tuple[int, str]]:

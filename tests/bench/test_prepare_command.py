@@ -320,6 +320,22 @@ def test_another_autoencoder_is_noticed(world, tmp_path):
     assert len(list(tmp_path.glob("imagenet256/latents-*"))) == 2
 
 
+def test_on_error_makes_no_other_cache_of_a_sound_set(world, tmp_path):
+    found = []
+    for choice in ("stop", "skip"):
+        words = settings(world, tmp_path, "lsun", f"data.on_error={choice}")
+        prepare("lsun_bedrooms256", words)
+        found += [prepare_data(load_data("lsun_bedrooms256", given)).latents for given in (words, without_root(words))]
+    assert len(set(found)) == 1 == len(list(tmp_path.glob("lsun_bedrooms256/latents-*")))
+
+
+def test_a_cache_that_leaves_pictures_out_is_not_for_those_who_stop(world, tmp_path):
+    prepare("imagenet256", settings(world, tmp_path))
+    words = without_root(settings(world, tmp_path, "imagenet", "data.on_error=stop"))
+    with pytest.raises(UserError, match=r"no latents of these settings, only: .*\(on_error skip, not stop\)"):
+        prepare_data(load_data("imagenet256", words))
+
+
 def test_other_settings_without_pictures_are_named(world, tmp_path):
     prepare("imagenet256", settings(world, tmp_path))
     words = without_root(settings(world, tmp_path, "imagenet", "data.crop=ldm"))

@@ -123,6 +123,12 @@ def length(settings):
     return len(dataset("imagenet256").images(settings)[0])
 
 
+def test_a_set_without_damage_is_the_same_whatever_is_done_at_damage(blank, tmp_path):
+    layouts.write_tree(tmp_path / "set", PICTURES[:10])
+    skip, stop = (dataset("imagenet256").images(replace(blank, on_error=choice))[0] for choice in ("skip", "stop"))
+    assert skip.raw is stop.raw
+
+
 def break_disk(monkeypatch):
     """One file gives an I/O error from now on."""
     whole = Path.read_bytes
