@@ -74,7 +74,7 @@ def _survey(root: Path) -> dict[str, list[Path]]:
     if not root.exists():
         raise ValueError(f"There is no {root}.")
     found: dict[str, list[Path]] = {kind: [] for kind in LAYOUTS}
-    level, seen, judged = [root], {root.resolve()}, set()
+    level, seen = [root], {root.resolve()}
     for _ in range(DEPTH):
         entries = [entry for folder in level for entry in (sorted(folder.iterdir()) if folder.is_dir() else [folder])]
         level = []
@@ -86,10 +86,9 @@ def _survey(root: Path) -> dict[str, list[Path]]:
             elif entry.suffix == ".parquet" and entry.is_file():
                 found["parquet"].append(entry)
             elif entry.is_dir() and SYNSET.fullmatch(entry.name):
-                # The first file decides for the tree: Kaggle's annotations have synset folders of their own.
-                if entry.parent not in judged and (first := next(files_below(entry), None)):
-                    judged.add(entry.parent)
-                    found["trees"] += [entry.parent] * is_picture(first)
+                # A tree has pictures somewhere: Kaggle's annotations have synset folders of their own.
+                if entry.parent not in found["trees"] and any(map(is_picture, files_below(entry))):
+                    found["trees"].append(entry.parent)
             elif entry.is_dir() and entry.resolve() not in seen:  # links may run in circles
                 seen.add(entry.resolve())
                 level.append(entry)

@@ -226,16 +226,29 @@ def test_an_empty_synset_tar_keeps_its_label_and_is_named(tmp_path):
     assert layouts.has(images.warnings, "1 synset tars hold no picture: n01000000")
 
 
-def test_files_of_other_kinds_are_named(tmp_path):
+@pytest.mark.parametrize("backwards", [False, True])
+def test_files_of_other_kinds_are_named(tmp_path, monkeypatch, backwards):
     layouts.write_tree(tmp_path, FEW)
     for name in ("notes.txt", ".hidden.JPEG", "n01440764_99999.png"):
         (tmp_path / "n01440764" / name).write_bytes(CONTENTS[0])
+    listed = os.scandir  # gives no order; the other file comes first or last here
+    monkeypatch.setattr(
+        raw.os, "scandir", lambda folder: sorted(listed(folder), key=lambda e: e.name.endswith(".txt") != backwards)
+    )
     images = open_imagenet(tmp_path)
     assert len(images) == len(FEW) + 1
     assert layouts.has(images.warnings, "1 files are not pictures and were left out: n01440764/notes.txt")
     assert layouts.has(
         images.warnings, "1 pictures are not named .JPEG and were taken too: n01440764/n01440764_99999.png"
     )
+
+
+def test_a_first_synset_folder_without_pictures_does_not_hide_the_others(tmp_path):
+    layouts.write_tree(tmp_path / "train", FEW)
+    (tmp_path / "train" / "n01000000").mkdir()
+    (tmp_path / "train" / "n01000000" / "readme.txt").touch()
+    images = open_imagenet(tmp_path)
+    assert len(images) == len(FEW) and layouts.has(images.warnings, "1 class folders hold no picture: n01000000")
 
 
 def test_resource_forks_in_tars_are_passed_over(tmp_path):
