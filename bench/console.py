@@ -25,9 +25,10 @@ def quiet_lightning() -> None:
 
 
 def say(text: str = "") -> None:
-    """Print a line, on the first process only."""
+    """Print a line, on the first process only; what the terminal's encoding lacks is escaped, as names may be."""
     if is_main_process():
-        tqdm.write(text, file=sys.stdout)
+        encoding = sys.stdout.encoding or "utf-8"
+        tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
         sys.stdout.flush()
 
 

@@ -28,6 +28,7 @@ from datamodules.base import DataSet, LatentDataModule
 from datamodules.cache import FORMAT, MANIFEST, PIXELS, CacheMeta, OtherFormat, read_manifest
 from datamodules.prepare import ImageSource, prepare_cache
 from datamodules.processes import Processes, require_launched, wait_for
+from datamodules.raw import some
 from datamodules.sources import keep_records, skipped_of
 from models.autoencoder import (
     CARD,
@@ -40,6 +41,7 @@ from models.autoencoder import (
 
 PIXEL_AUTOENCODER = "identity"
 SD_FAMILY = "sd-vae"  # fine-tuned decoders of one encoder, whose latents are the same
+ABOUT = {"request", "root", "skipped", "autoencoder_folder", "encoder_sha256"}  # what a manifest must say to be found
 TRAINED_ON = 5000  # images of a set, evenly spread, that the small autoencoder is trained on at most
 
 
@@ -163,7 +165,7 @@ def finished_caches(config: RunConfig) -> list[Path]:
     found: dict[tuple[str, str], Path] = {}
     for file in sorted(_manifests(config), key=lambda file: file.stat().st_mtime_ns):
         with suppress(OtherFormat):  # which stands in nobody's way: a new one has another folder
-            manifest = read_manifest(file.parent)
+            manifest = _manifest(file)
             if not _differences(config, manifest) and root in (None, manifest["root"]):
                 found[manifest["root"], manifest["encoder_sha256"]] = file.parent
     return sorted(found.values())
@@ -174,7 +176,7 @@ def require_raw(config: RunConfig) -> None:
     others = []
     for file in _manifests(config):
         try:
-            differing = ", ".join(_differences(config, read_manifest(file.parent)))
+            differing = ", ".join(_differences(config, _manifest(file)))
         except OtherFormat:
             differing = "of another version of this program"
         others.append(f"{file.parent.name} ({differing})")
@@ -190,6 +192,17 @@ def _differences(config: RunConfig, manifest: dict[str, Any]) -> list[str]:
     made, asked = manifest["request"], request(config)
     found = [f"{key} {made.get(key)}, not {asked[key]}" for key in asked if made.get(key) != asked[key]]
     return found + ["on_error skip, not stop"] * bool(manifest["skipped"] and config.data.on_error == "stop")
+
+
+def _manifest(file: Path) -> dict[str, Any]:
+    """Raises: ValueError if it is not that of a cache made here; OtherFormat as `read_manifest`."""
+    manifest = read_manifest(file.parent)
+    if missing := ABOUT - manifest.keys():
+        raise ValueError(
+            f"{file} does not say {some(sorted(missing))}: it is damaged, or of another program. Remove {file.parent} "
+            "and prepare the data again."
+        )
+    return manifest
 
 
 def _manifests(config: RunConfig) -> list[Path]:
@@ -251,6 +264,10 @@ def _prepared(config: RunConfig) -> Data:
         say(f"{config.use.data}: {raw.description}")
         for warning in raw.warnings:
             say(f"  {warning}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"paths.cache: the folder {folder} cannot be made: {error.strerror}.") from None
     weights = "autoencoder" if raw is None else f"autoencoder-{short_digest(dataset.identity(settings))}"
     autoencoder = _load(config, weights, images)
     asked = request(config)

@@ -11,7 +11,7 @@ import os
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,7 +163,8 @@ def cached_table(
             return dict(table)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # none yet, or torn
         table = build()
-        write_whole(file, lambda stream: np.savez(stream, **table))  # type: ignore[arg-type]
+        with suppress(OSError):  # it would save the next process a pass
+            write_whole(file, lambda stream: np.savez(stream, **table))  # type: ignore[arg-type]
         return table
 
 

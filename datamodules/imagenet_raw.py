@@ -12,14 +12,25 @@ from pathlib import Path
 import numpy as np
 
 from datamodules.archives import Ordered, ParquetImages, TarImages, cached_table, opened, packed
-from datamodules.raw import EncodedImages, FileImages, bar, files_below, is_picture, some
+from datamodules.raw import (
+    EncodedImages,
+    FileImages,
+    bar,
+    entries_of,
+    files_below,
+    is_picture,
+    passed_over,
+    reachable,
+    some,
+)
 
 IMAGENET_CLASSES, IMAGENET_COUNT = 1000, 1_281_167  # train split of ILSVRC 2012
 SYNSET = re.compile(r"n\d{8}")
 SYNSET_FILE = re.compile(r"(n\d{8})_(\w+?)(?:_\1)?(\.\w+)?")  # Parquet shards of the hub repeat the synset at the end
 DEPTH = 6  # folders below the root that are searched; the Kaggle layout needs 4
 # What files and folders are told apart as; `other` are tars of no use.
-LAYOUTS = ("trees", "nested", "synsets", "parquet", "webdataset", "other")
+# `closed` are folders that may not be read.
+LAYOUTS = ("trees", "nested", "synsets", "parquet", "webdataset", "other", "closed")
 
 
 def open_imagenet(root: Path, cache: Path | None = None, *, progress: bool = True) -> EncodedImages:
@@ -43,8 +54,9 @@ def open_imagenet(root: Path, cache: Path | None = None, *, progress: bool = Tru
         ("WebDataset shards", found["webdataset"], _open_webdataset),
     ]
     present = [layout for layout in layouts if layout[1]]
+    closed = passed_over(found["closed"])
     if not present:
-        there = some([entry.name for entry in sorted(root.iterdir())] if root.is_dir() else [root.name], "nothing")
+        there = some([entry.name for entry in entries_of(root, [])] if root.is_dir() else [root.name], "nothing")
         loose = f" ({some([path.name for path in found['other']])}: damaged, or without synsets and labels)" * bool(
             found["other"]
         )
@@ -52,6 +64,7 @@ def open_imagenet(root: Path, cache: Path | None = None, *, progress: bool = Tru
             f"No ImageNet training pictures at {root}: looked down to {DEPTH} folders deep for synset folders "
             "(n and 8 digits) with pictures, ILSVRC2012_img_train.tar, tars named by synset, Parquet shards "
             f"(*.parquet) and WebDataset shards (*.tar with .cls). There is: {there}{loose}."
+            + "".join(f" {sentence}" for sentence in closed)
         )
     _, paths, open_layout = present[0]
     images = open_layout(root if root.is_dir() else root.parent, paths, cache, progress)
@@ -61,6 +74,7 @@ def open_imagenet(root: Path, cache: Path | None = None, *, progress: bool = Tru
         images.warnings += (f"{len(images.classes)} classes; ImageNet-1k has {IMAGENET_CLASSES}.",)
     if len(images) != IMAGENET_COUNT:
         images.warnings += (f"{len(images):,} pictures; ImageNet-1k's training split has {IMAGENET_COUNT:,}.",)
+    images.warnings += tuple(closed)
     if present[1:]:
         images.warnings += (f"Also there and not read: {', '.join(kind for kind, _, _ in present[1:])}.",)
     return images
@@ -71,25 +85,31 @@ def open_imagenet(root: Path, cache: Path | None = None, *, progress: bool = Tru
 
 def _survey(root: Path) -> dict[str, list[Path]]:
     """What lies at or below `root`, by layout; folders inside synset folders are not looked into."""
-    if not root.exists():
+    if not reachable(root.exists):
         raise ValueError(f"There is no {root}.")
     found: dict[str, list[Path]] = {kind: [] for kind in LAYOUTS}
     level, seen = [root], {root.resolve()}
     for _ in range(DEPTH):
-        entries = [entry for folder in level for entry in (sorted(folder.iterdir()) if folder.is_dir() else [folder])]
+        entries = [
+            entry
+            for folder in level
+            for entry in (entries_of(folder, found["closed"]) if folder.is_dir() else [folder])
+        ]
         level = []
         for entry in entries:
             if entry.name.startswith(".") or is_picture(entry.name):
                 continue
-            if entry.suffix == ".tar" and entry.is_file():
+            if entry.suffix == ".tar" and reachable(entry.is_file):
                 found[_tar_kind(entry)].append(entry)
-            elif entry.suffix == ".parquet" and entry.is_file():
+            elif entry.suffix == ".parquet" and reachable(entry.is_file):
                 found["parquet"].append(entry)
-            elif entry.is_dir() and SYNSET.fullmatch(entry.name):
+            elif not reachable(entry.is_dir):
+                continue
+            elif SYNSET.fullmatch(entry.name):
                 # A tree has pictures somewhere: Kaggle's annotations have synset folders of their own.
                 if entry.parent not in found["trees"] and any(map(is_picture, files_below(entry))):
                     found["trees"].append(entry.parent)
-            elif entry.is_dir() and entry.resolve() not in seen:  # links may run in circles
+            elif entry.resolve() not in seen:  # links may run in circles
                 seen.add(entry.resolve())
                 level.append(entry)
     return found
@@ -127,7 +147,7 @@ def _only(root: Path, paths: Sequence[Path]) -> Path:
 
 def _open_trees(root: Path, trees: list[Path], cache: Path | None, progress: bool) -> EncodedImages:
     tree = _only(root, trees)
-    synsets = sorted(entry.name for entry in tree.iterdir() if SYNSET.fullmatch(entry.name) and entry.is_dir())
+    synsets = sorted(entry.name for entry in tree.iterdir() if SYNSET.fullmatch(entry.name) and reachable(entry.is_dir))
     images = FileImages(tree, "synset folders", synsets, progress=progress)
     odd = [name for name in images.names if Path(name).suffix.lower() not in (".jpeg", ".jpg")]
     if odd:

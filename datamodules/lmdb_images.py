@@ -21,7 +21,7 @@ import lmdb
 import numpy as np
 from tqdm import tqdm
 
-from datamodules.raw import EncodedImages, ReadFailed, some, write_whole
+from datamodules.raw import EncodedImages, ReadFailed, entries_of, passed_over, reachable, some, write_whole
 
 BEDROOM, BEDROOM_COUNT = "bedroom_train_lmdb", 3_033_042  # LSUN-Bedrooms' training split
 DEPTH = 4  # folders below the root that are searched
@@ -40,8 +40,10 @@ def open_lsun(root: Path, cache: Path | None = None, *, progress: bool = True) -
 
     Raises: ValueError if there is no database or more than one, or it is damaged or empty.
     """
-    path = _find(Path(root))
+    closed: list[Path] = []
+    path = _find(Path(root), closed)
     images = LmdbImages(path, cache, progress=progress)
+    images.warnings += tuple(passed_over(closed))
     if len(images) != BEDROOM_COUNT:
         images.warnings += (f"{len(images):,} pictures; LSUN-Bedrooms' training split has {BEDROOM_COUNT:,}.",)
     return images
@@ -126,7 +128,11 @@ class LmdbImages(EncodedImages):
                 return np.load(index, mmap_mode="r")
             except (OSError, ValueError, EOFError):  # none of this state yet, or torn
                 keys = _sorted_keys(cursor, entries, self.path, progress)
-        write_whole(index, lambda stream: np.save(stream, keys))
+        try:
+            write_whole(index, lambda stream: np.save(stream, keys))
+        except OSError:  # it would have saved the next process a pass
+            self.cache = None
+            return keys
         for stale in self.cache.glob(f"lmdb-keys-{place}-*.npy"):
             if stale != index:
                 stale.unlink(missing_ok=True)
@@ -149,14 +155,18 @@ def _sorted_keys(cursor: lmdb.Cursor, entries: int, path: Path, progress: bool) 
     return np.array(chosen)
 
 
-def _find(root: Path) -> Path:
-    """Raises: ValueError if there is no database, or which one is meant is not clear."""
-    if (root / "data.mdb").is_file():
+def _find(root: Path, closed: list[Path]) -> Path:
+    """The database's folder; folders that may not be read are added to `closed`.
+
+    Raises: ValueError if there is no database, or which one is meant is not clear.
+    """
+    if _is_database(root):
         return root
     found, level = [], [root]
     for _ in range(DEPTH):
-        level = sorted(entry for folder in level if folder.is_dir() for entry in folder.iterdir() if entry.is_dir())
-        found += [folder for folder in level if (folder / "data.mdb").is_file()]
+        folders = [folder for folder in level if folder.is_dir()]
+        level = [entry for folder in folders for entry in entries_of(folder, closed) if reachable(entry.is_dir)]
+        found += [folder for folder in level if _is_database(folder)]
     bedrooms = [folder for folder in found if folder.name == BEDROOM]
     if len(bedrooms) == 1:
         return bedrooms[0]
@@ -164,12 +174,17 @@ def _find(root: Path) -> Path:
         raise ValueError(f"{root} has {len(bedrooms)} folders {BEDROOM}: {some([str(p) for p in bedrooms])}. Give one.")
     there = some([str(folder) for folder in found])
     if not there and root.is_dir():
-        there = some(sorted(entry.name for entry in root.iterdir()), "nothing")
+        there = some([entry.name for entry in entries_of(root, [])], "nothing")
     raise ValueError(
         f"No {BEDROOM}/data.mdb at {root} or {DEPTH} folders below it. "
         + (f"There is: {there}. " if there else "There is no such folder. ")
+        + "".join(f"{sentence} " for sentence in passed_over(closed))
         + "Unpack bedroom_train_lmdb.zip there, or give the folder of another database itself."
     )
+
+
+def _is_database(folder: Path) -> bool:
+    return reachable((folder / "data.mdb").is_file)
 
 
 def _environment(path: Path) -> lmdb.Environment:

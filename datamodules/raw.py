@@ -131,16 +131,21 @@ class Rows(EncodedImages):
 def open_folder(root: Path, *, progress: bool = True) -> EncodedImages:
     """Pictures in class subfolders (at any depth inside them), or all flat in `root` and unlabelled.
 
-    Hidden files and folders are ignored. A class folder without pictures keeps its label, with a warning.
+    Hidden files and folders are ignored, and links back to a folder that they lie in. A class folder without pictures
+    keeps its label, with a warning.
 
-    Raises: ValueError if there are no pictures, or some flat and others in subfolders.
+    Raises: ValueError if the folder may not be read, there are no pictures, or some flat and others in subfolders.
     """
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"There is no folder {root}.")
-    entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
-    flat = [entry.name for entry in entries if entry.is_file()]
-    folders = [entry.name for entry in entries if entry.is_dir()]
+    closed: list[Path] = []
+    entries = [entry for entry in entries_of(root, closed) if not entry.name.startswith(".")]
+    if closed:
+        raise ValueError(f"The folder {root} may not be read.")
+    flat = [entry.name for entry in entries if reachable(entry.is_file)]
+    above = (os.path.realpath(root),)
+    folders = [entry.name for entry in entries if reachable(entry.is_dir) and not _leads_back(str(entry), above)]
     pictures = [name for name in flat if is_picture(name)]
     labelled = any(is_picture(file) for folder in folders for file in files_below(root / folder))
     if pictures and labelled:
@@ -183,10 +188,13 @@ class FileImages(EncodedImages):
     def __init__(self, root: Path, kind: str, classes: Sequence[str], *, progress: bool = True) -> None:
         self.root = root.absolute()
         names, labels, others, empty = [], [], [], []
+        closed: list[Path] = []
         for label, folder in enumerate(bar(classes or ("",), "list", "folder", progress)):
             here = self.root / folder
             files = sorted(
-                files_below(here) if classes else (entry.name for entry in here.iterdir() if entry.is_file())
+                files_below(here, closed)
+                if classes
+                else (entry.name for entry in here.iterdir() if reachable(entry.is_file))
             )
             paths = [f"{folder}/{file}" if folder else file for file in files if not file.startswith(".")]
             pictures = [path for path in paths if is_picture(path)]
@@ -200,6 +208,7 @@ class FileImages(EncodedImages):
             warnings.append(f"{len(empty)} class folders hold no picture: {some(empty)}.")
         if others:
             warnings.append(f"{len(others)} files are not pictures and were left out: {some(others)}.")
+        warnings += passed_over(closed)
         super().__init__(describe(kind, len(names), classes, self.root), classes, np.array(labels, np.int64), warnings)
 
     def read(self, index: int) -> bytes:
@@ -281,19 +290,54 @@ def is_picture(name: str) -> bool:
     return name[name.rfind(".") :].lower() in SUFFIXES
 
 
-def files_below(folder: Path | str) -> Iterator[str]:
+def entries_of(folder: Path, closed: list[Path]) -> list[Path]:
+    """What lies in `folder`, by name; one that may not be read is added to `closed`."""
+    try:
+        return sorted(folder.iterdir())
+    except PermissionError:
+        closed.append(folder)
+        return []
+
+
+def files_below(folder: Path | str, closed: list[Path] | None = None, links: tuple[str, ...] = ()) -> Iterator[str]:
     """Paths relative to `folder` of the files at any depth, in no order.
 
-    Hidden ones, links to nothing, and folders that may not be read are passed over.
+    Hidden ones, links to nothing, and links back to a folder that they lie in are passed over; folders that may not be
+    read are, too, and are added to `closed`. `links` are the folders with the links that led here.
     """
     try:
         entries = list(os.scandir(folder))
     except PermissionError:
+        if closed is not None:
+            closed.append(Path(folder))
         return
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
-            yield from (f"{entry.name}/{name}" for name in files_below(entry.path))
-        elif entry.is_file():
+        if reachable(entry.is_dir):
+            above = (*links, os.path.realpath(folder)) if entry.is_symlink() else links
+            if not _leads_back(entry.path, above):
+                yield from (f"{entry.name}/{name}" for name in files_below(entry.path, closed, above))
+        elif reachable(entry.is_file):
             yield entry.name
+
+
+def _leads_back(entry: str, above: tuple[str, ...]) -> bool:
+    """Whether a link leads to one of the folders `above`, or to one that they lie in."""
+    if not Path(entry).is_symlink():
+        return False
+    target = os.path.realpath(entry)
+    return any(os.path.commonpath([target, folder]) == target for folder in above)
+
+
+def reachable(kind: Callable[[], bool]) -> bool:
+    """`entry.is_dir` or `entry.is_file`; false for what may not be looked at, and for links in a circle."""
+    try:
+        return kind()
+    except OSError:
+        return False
+
+
+def passed_over(closed: Sequence[Path]) -> list[str]:
+    """A warning on folders that may not be read."""
+    return [f"{len(closed)} folders may not be read: {some([str(folder) for folder in closed])}."] * bool(closed)

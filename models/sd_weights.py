@@ -57,7 +57,10 @@ def read_weights(path: Path, scale: float) -> tuple[dict[str, Tensor], Path]:
         raise FileNotFoundError(path)
     config = file.parent / CONFIG
     if file.name in FILES and config.is_file():
-        found = json.loads(config.read_text()).get("scaling_factor", scale)
+        try:
+            found = json.loads(config.read_text()).get("scaling_factor", scale)
+        except (ValueError, AttributeError):  # no JSON, or none of settings
+            raise ValueError(f"{config} is damaged: it is no JSON of settings. Fetch it again.") from None
         if found != scale:
             raise ValueError(f"{config} has scaling_factor {found}, not {scale}: this is not Stable Diffusion 1 or 2.")
     try:

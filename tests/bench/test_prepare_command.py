@@ -343,6 +343,35 @@ def test_other_settings_without_pictures_are_named(world, tmp_path):
         prepare_data(load_data("imagenet256", words))
 
 
+def test_a_manifest_of_another_program_is_named(checked, tmp_path, world):
+    cache, latents = copied(checked, tmp_path)
+    manifest = json.loads((latents / "manifest.json").read_text())
+    del manifest["request"]
+    (latents / "manifest.json").write_text(json.dumps(manifest))
+    for look in (prepare_data, data_ends, data_tools.check):
+        with pytest.raises(UserError, match=r"manifest\.json does not say request: .*Remove .*latents-"):
+            look(load_data("imagenet256", without_root(settings(world, cache))))
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(world, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"paths\.cache: the folder .*/file/lsun_\S* cannot be made: Not a directory"):
+        prepare("lsun_bedrooms256", settings(world, tmp_path / "file", "lsun"))
+
+
+def test_names_that_are_no_utf8_stop_nothing(world, tmp_path):
+    """Latin-1 in a file's name, and a terminal that takes UTF-8 alone."""
+    tree = tmp_path / "tree" / "caf\udce9"
+    tree.mkdir(parents=True)
+    for number, content in enumerate((*(picture.content for picture in PICTURES[:3]), b"")):
+        (tree / f"\udce9{number}.jpg").write_bytes(content)
+    words = settings(
+        tmp_path, tmp_path, "tree", "data.on_error=skip", "data.autoencoder=identity", "data.autoencoder_path=null"
+    )
+    out = succeed(bench("prepare", "folder", *words, PYTHONIOENCODING="utf-8:strict"))
+    assert r"left out: caf\udce9/\udce93.jpg cannot be decoded" in out
+
+
 def test_a_class_that_is_not_there_is_named(world, tmp_path):
     with pytest.raises(UserError, match="has no class n09999999: its classes are n01440764"):
         prepare("imagenet256", settings(world, tmp_path, "imagenet", "data.classes=[n01440764,n09999999]"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -16,3 +18,24 @@ def roots(tmp_path_factory) -> dict[str, Path]:
     for name, folder in folders.items():
         layouts.LAYOUTS[name](folder, pictures)
     return folders
+
+
+@pytest.fixture
+def closed(monkeypatch) -> str:
+    """The name of folders that may not be read, as any are by root alone; tests may be run by root."""
+    name = "lost+found"
+
+    def refusing(call):
+        def refuse(path, *args, **options):
+            if not isinstance(path, int):
+                seen = Path(os.fsdecode(path))
+                if name in (seen.parent.name, seen.name * (call is not stat)):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return call(path, *args, **options)
+
+        return refuse
+
+    stat = os.stat
+    for function in (os.listdir, os.scandir, os.stat):
+        monkeypatch.setattr(os, function.__name__, refusing(function))
+    return name

@@ -181,6 +181,12 @@ def test_a_torn_index_is_made_anew(database, tmp_path, keep):
     assert layouts.index_file(tmp_path).read_bytes() == whole
 
 
+def test_an_index_that_cannot_be_kept_is_done_without(database, tmp_path):
+    (tmp_path / "file").touch()
+    images = open_lsun(database, tmp_path / "file" / "cache")
+    assert layouts.read_all(pickle.loads(pickle.dumps(images))) == CONTENTS
+
+
 def test_an_index_removed_meanwhile_is_made_anew_by_the_process_that_reads(database, tmp_path):
     packed = pickle.dumps(open_lsun(database, tmp_path))
     layouts.index_file(tmp_path).unlink()
@@ -258,3 +264,12 @@ def test_the_training_split_is_found_below_the_root_and_alone(tmp_path):
     layouts.write_lmdb(tmp_path / "y" / "bedroom_train_lmdb", ENTRIES)
     with pytest.raises(ValueError, match="has 2 folders bedroom_train_lmdb"):
         open_lsun(tmp_path)
+
+
+def test_folders_that_may_not_be_read_are_passed_over_with_a_warning(tmp_path, closed):
+    (tmp_path / closed).mkdir()
+    with pytest.raises(ValueError, match=r"There is: lost\+found\. 1 folders may not be read: .*Unpack"):
+        open_lsun(tmp_path)
+    layouts.write_lmdb(tmp_path / "bedroom_train_lmdb", ENTRIES)
+    images = open_lsun(tmp_path)
+    assert len(images) == 60 and layouts.has(images.warnings, f"1 folders may not be read: {tmp_path}/{closed}.")

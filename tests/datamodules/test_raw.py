@@ -171,6 +171,13 @@ def test_a_torn_index_is_made_anew(tmp_path, keep):
     assert len(layouts.index_file(cache).read_bytes()) == len(whole)
 
 
+def test_an_index_that_cannot_be_kept_is_done_without(tmp_path):
+    layouts.write_nested_tar(tmp_path, FEW)
+    (tmp_path / "file").touch()
+    images = open_imagenet(tmp_path, tmp_path / "file" / "cache")
+    assert layouts.read_all(images) == [picture.content for picture in FEW]
+
+
 def test_processes_may_build_the_index_at_once(roots, tmp_path):
     job = (open_imagenet, roots["tar of tars"], tmp_path / "cache")
     with multiprocessing.get_context("fork").Pool(2) as pool:
@@ -284,6 +291,41 @@ def test_links_are_followed_once(tmp_path):
     (tmp_path / "a" / "circle").symlink_to(tmp_path)
     (tmp_path / "b").symlink_to(tmp_path / "a")
     assert len(open_imagenet(tmp_path)) == len(FEW)
+
+
+@pytest.mark.parametrize("target", [".", "..", "../n01443537", "self"])
+def test_links_inside_a_class_folder_do_not_run_in_circles(tmp_path, target):
+    """What lies beside the class may be meant, and is followed; the folders around the link are not."""
+    layouts.write_tree(tmp_path, FEW)
+    (tmp_path / "n01440764" / "deeper").mkdir()
+    for folder in ("n01440764", "n01440764/deeper"):
+        (tmp_path / folder / "self").symlink_to(target)
+    (tmp_path / "n01443537" / "back").symlink_to("../n01440764")
+    images = open_imagenet(tmp_path)
+    beside = target == "../n01443537"
+    assert np.bincount(images.labels).tolist() == [6 * (1 + beside), 6 * 2, 6]
+    assert open_folder(tmp_path).fingerprint == images.fingerprint
+
+
+def test_a_link_to_the_set_itself_is_no_class(tmp_path):
+    layouts.write_tree(tmp_path, FEW)
+    (tmp_path / "all").symlink_to(".")
+    (tmp_path / "above").symlink_to("..")
+    assert open_folder(tmp_path).classes == layouts.SYNSETS[:3]
+
+
+def test_folders_that_may_not_be_read_are_passed_over_with_a_warning(tmp_path, closed):
+    layouts.write_tree(tmp_path / "train", FEW)
+    for place in (tmp_path, tmp_path / "train" / "n01440764"):
+        (place / closed).mkdir()
+    images = open_imagenet(tmp_path)
+    assert len(images) == len(FEW)
+    for place in (tmp_path, tmp_path / "train" / "n01440764"):
+        assert layouts.has(images.warnings, f"1 folders may not be read: {place}/{closed}.")
+    assert len(open_folder(tmp_path / "train")) == len(FEW)
+    for open_set in (open_imagenet, open_folder):
+        with pytest.raises(ValueError, match=r"lost\+found.* may not be read|may not be read: .*/lost\+found"):
+            open_set(tmp_path / closed)
 
 
 def test_links_to_nothing_are_no_pictures(tmp_path):

@@ -290,6 +290,14 @@ def test_weights_beside_a_config_of_another_scale_are_refused(small_sd, tmp_path
         load_autoencoder(AutoencoderConfig("sd-vae", str(tmp_path)))
 
 
+@pytest.mark.parametrize("content", ['{"scaling_fac', "[]", ""])
+def test_a_damaged_config_beside_the_weights_is_named(small_sd, content, tmp_path):
+    safetensors.torch.save_file(small_sd, tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/config\.json is damaged"):
+        load_autoencoder(AutoencoderConfig("sd-vae", str(tmp_path)))
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"no tensors"])
 @pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
 def test_damaged_files_are_named(small_sd, suffix, content, tmp_path):
