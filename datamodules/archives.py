@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import tarfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +21,8 @@ import numpy as np
 from datamodules.raw import EncodedImages, Names, ReadFailed, describe, write_whole
 
 OPEN_FILES = 64  # archives a process holds open at once
+
+_lock = threading.Lock()  # of the thread that reads a row group
 
 
 class TarImages(EncodedImages):
@@ -93,23 +96,30 @@ class ParquetImages(EncodedImages):
         return self.__dict__ | {"_groups": {}}
 
     def read(self, index: int) -> bytes:
-        import pyarrow
-        import pyarrow.parquet
-
         number, group, row = self._place[index].tolist()
         column = self._groups.get((number, group))
         if column is None:
-            try:
-                with pyarrow.parquet.ParquetFile(self.shards[number]) as shard:
-                    column = shard.read_row_group(group, ["image.bytes"], use_threads=False)["image"]
-            except (OSError, pyarrow.ArrowException) as error:  # damaged pages are told as OSError, too
-                raise ReadFailed(f"{self.name(index)} cannot be read out of {self.shards[number]}: {error}") from None
-            last = list(self._groups.items())[-1:]
-            self._groups = {**dict(last), (number, group): column}  # replaced whole: other threads keep what they hold
+            with _lock:  # one thread reads the group, the others wait for it
+                column = self._groups.get((number, group))
+                if column is None:
+                    column = self._read_group(number, group)
+                    last = list(self._groups.items())[-1:]
+                    self._groups = {**dict(last), (number, group): column}  # replaced whole: others keep what they hold
         content = column[row]["bytes"].as_py()
         if content is None:
             raise ValueError(f"{self.name(index)} cannot be read: its row of {self.shards[number]} holds no bytes.")
         return content
+
+    def _read_group(self, number: int, group: int) -> Any:
+        """The pictures of a row group: a column of {bytes}. Raises: ReadFailed."""
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            with pyarrow.parquet.ParquetFile(self.shards[number]) as shard:
+                return shard.read_row_group(group, ["image.bytes"], use_threads=False)["image"]
+        except (OSError, pyarrow.ArrowException) as error:  # damaged pages are told as OSError, too
+            raise ReadFailed(f"Row group {group} of {self.shards[number]} cannot be read: {error}") from None
 
     def name(self, index: int) -> str:
         return self._names[index]
@@ -176,3 +186,12 @@ def opened(path: Path) -> Iterator[tarfile.TarFile]:
             yield tar
     except tarfile.TarError as error:
         raise ValueError(f"{path} is damaged or not a tar: {error}.") from None
+
+
+def _free_lock() -> None:
+    """In a forked child: another thread of the parent may have held it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_free_lock)

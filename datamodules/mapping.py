@@ -17,9 +17,18 @@ import numpy as np
 MAP_FIXED = 0x10  # on Linux; Python's `mmap` does not name it
 MAP_FAILED = ctypes.c_void_p(-1).value
 
+_mmap = ctypes.CDLL(None, use_errno=True).mmap
+_mmap.restype = ctypes.c_void_p
+_mmap.argtypes = (
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_ssize_t
+)  # fmt: skip
+
 
 class MappedRows:
     """Rows of one size out of many files: row r lies in file r // `file_rows`, which is mapped when it is asked for.
+
+    Several threads may take rows at once. A file that is cut short after it was mapped ends the process (SIGBUS) where
+    a row beyond its end is read; `python -m bench data check` finds such a file.
 
     `begin(k)` checks that file k holds its rows one behind the other, and says at which byte the first one begins.
     """
@@ -62,9 +71,10 @@ class MappedRows:
         return self.windows[rows * self.row_bytes + self.offsets[files]]
 
     def _map(self, index: int) -> None:
-        """Put a file in its place, read-only; rows come at random, so the system is told not to read around them.
+        """Put a file in its place, read-only.
 
-        That is 100 times faster on a cold disk.
+        Rows come at random, so the system is told not to read ahead of them, as it would for a file read from its
+        beginning to its end: on a cold disk that is work for pages that nobody has asked for.
 
         Raises: OSError if the file cannot be opened or mapped.
         """
@@ -78,11 +88,4 @@ class MappedRows:
             raise OSError(number, os.strerror(number), str(self.files[index]))
         self.range.madvise(mmap.MADV_RANDOM, start, size)
         self.offsets[index] = start + begin - index * self.file_rows * self.row_bytes
-        self.unmapped.remove(index)
-
-
-_mmap = ctypes.CDLL(None, use_errno=True).mmap
-_mmap.restype = ctypes.c_void_p
-_mmap.argtypes = (
-    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_ssize_t
-)  # fmt: skip
+        self.unmapped.discard(index)  # another thread may have mapped it, too, to the same end

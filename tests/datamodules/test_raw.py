@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -561,6 +562,25 @@ def test_storage_order_reads_each_row_group_once(roots, row_groups_read):
     few = Rows(images, np.arange(0, 220, 3))
     assert layouts.read_all(Rows(few, few.storage_order)) == [CONTENTS[k] for k in images.storage_order if k % 3 == 0]
     assert len(row_groups_read) <= groups
+
+
+def test_threads_read_each_row_group_once(roots, row_groups_read, monkeypatch):
+    images, whole = open_imagenet(roots["Parquet"]), archives.ParquetImages._read_group
+    row_groups_read.clear()
+    monkeypatch.setattr(archives.ParquetImages, "_read_group", lambda *a: time.sleep(0.02) or whole(*a))
+    first = images.storage_order[: layouts.HUB_ROWS].tolist()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(images.read, first)) == [CONTENTS[k] for k in first]
+    assert len(row_groups_read) == 1
+
+
+def test_a_row_group_that_fails_leaves_the_lock_free(roots, tmp_path):
+    shutil.copytree(roots["Parquet"], tmp_path / "hub")
+    images = open_imagenet(tmp_path / "hub")
+    shutil.rmtree(tmp_path / "hub")
+    for _ in range(2):
+        with pytest.raises(raw.ReadFailed, match=r"Row group 0 of .*\.parquet cannot be read"):
+            images.read(int(images.storage_order[0]))
 
 
 def test_readers_on_both_sides_of_a_border_share_two_row_groups(roots, row_groups_read):
