@@ -14,7 +14,7 @@ from bench.config import RunConfig
 from bench.console import is_main_process, progress, say
 from bench.errors import UserError
 from bench.files import atomic_write
-from bench.prepare import finished_caches, prepare_data, records_folder, require_raw
+from bench.prepare import caches_of, finished_caches, prepare_data, records_folder, require_raw
 from datamodules.cache import LABELS, card_of, file_sha256, latent_statistics, read_manifest, read_shard, statistics
 from datamodules.crops import decode
 from datamodules.sources import CroppedImages, keep_records, skipped_of, unreadable
@@ -101,11 +101,15 @@ def _check_raw(config: RunConfig, caches: list[Path]) -> list[str]:
     if raw.classes:
         _say_classes(np.bincount(raw.labels, minlength=len(raw.classes)), raw.classes)
     images, _ = dataset.images(config.data)
+    here = caches_of(config, images.fingerprint)
     faults = [
-        f"{path} was made from another state of {config.data.root}."
+        f"{path} was made from another state of {config.data.root}. `prepare` makes one of this state."
         for path in caches
-        if read_manifest(path)["source_sha256"] != images.fingerprint
+        if path not in here
     ]
+    for path in here:
+        if path not in caches:  # made of the same pictures elsewhere: it serves here, too
+            faults += check_cache(path)
     left_out = skipped_of(images)
     for sentence in left_out:
         say(f"  left out: {sentence}")

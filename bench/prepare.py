@@ -11,7 +11,7 @@ A finished cache serves without the raw images: on another machine, `data.root` 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,7 +41,8 @@ from models.autoencoder import (
 
 PIXEL_AUTOENCODER = "identity"
 SD_FAMILY = "sd-vae"  # fine-tuned decoders of one encoder, whose latents are the same
-ABOUT = {"request", "root", "skipped", "autoencoder_folder", "encoder_sha256"}  # what a manifest must say to be found
+# What a manifest must say to be found.
+ABOUT = {"request", "root", "skipped", "autoencoder_folder", "encoder_sha256", "source_sha256"}
 TRAINED_ON = 5000  # images of a set, evenly spread, that the small autoencoder is trained on at most
 
 
@@ -162,13 +163,26 @@ def finished_caches(config: RunConfig) -> list[Path]:
     Of several states of one folder, under one encoder, it is the cache that was prepared last.
     """
     root = _root(config)
-    found: dict[tuple[str, str], Path] = {}
+    found = {
+        (manifest["root"], manifest["encoder_sha256"]): path
+        for path, manifest in _asked_for(config)
+        if root in (None, manifest["root"])
+    }
+    return sorted(found.values())
+
+
+def caches_of(config: RunConfig, source_sha256: str) -> list[Path]:
+    """Caches made by these settings of the raw images with that fingerprint, wherever those lay."""
+    return sorted(path for path, manifest in _asked_for(config) if manifest["source_sha256"] == source_sha256)
+
+
+def _asked_for(config: RunConfig) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Caches made by these settings with their manifests, the one prepared last at the end."""
     for file in sorted(_manifests(config), key=lambda file: file.stat().st_mtime_ns):
         with suppress(OtherFormat):  # which stands in nobody's way: a new one has another folder
             manifest = _manifest(file)
-            if not _differences(config, manifest) and root in (None, manifest["root"]):
-                found[manifest["root"], manifest["encoder_sha256"]] = file.parent
-    return sorted(found.values())
+            if not _differences(config, manifest):
+                yield file.parent, manifest
 
 
 def require_raw(config: RunConfig) -> None:

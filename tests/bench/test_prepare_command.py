@@ -463,6 +463,18 @@ def test_pictures_added_after_the_cache_are_noticed(world, checked, tmp_path):
         data_tools.check(load_data("imagenet256", words))
 
 
+def test_a_cache_of_the_same_pictures_elsewhere_is_checked(world, checked, tmp_path, capsys):
+    cache, latents = copied(checked, tmp_path)
+    shutil.copytree(world / "imagenet", tmp_path / "moved")
+    config = load_data("imagenet256", settings(world, cache, "imagenet", f"data.root={tmp_path / 'moved'}"))
+    data_tools.check(config)
+    said = capsys.readouterr().out
+    assert "220 pictures in 5 classes" in said and f"{latents}: 219 images" in said
+    os.truncate(latents / "moments-00003.safetensors", 1000)
+    with pytest.raises(UserError, match=r"moments-00003\.safetensors is missing or cut short"):
+        data_tools.check(config)
+
+
 def test_show_draws_raw_cropped_and_decoded(world, checked, tmp_path):
     config = load_data("imagenet256", settings(world, checked))
     data_tools.show(config, tmp_path / "grid.png")
