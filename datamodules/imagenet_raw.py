@@ -70,14 +70,30 @@ def open_imagenet(root: Path, cache: Path | None = None, *, progress: bool = Tru
     images = open_layout(root if root.is_dir() else root.parent, paths, cache, progress)
     if not len(images):
         raise ValueError(f"{images.description}: nothing to read.")
-    if len(images.classes) != IMAGENET_CLASSES:
-        images.warnings += (f"{len(images.classes)} classes; ImageNet-1k has {IMAGENET_CLASSES}.",)
+    images.warnings += tuple(_other_classes(images.classes))
     if len(images) != IMAGENET_COUNT:
         images.warnings += (f"{len(images):,} pictures; ImageNet-1k's training split has {IMAGENET_COUNT:,}.",)
     images.warnings += tuple(closed)
     if present[1:]:
         images.warnings += (f"Also there and not read: {', '.join(kind for kind, _, _ in present[1:])}.",)
     return images
+
+
+def _other_classes(classes: Sequence[str]) -> list[str]:
+    """A warning where the classes are not ImageNet-1k's; synsets are named."""
+    from timm.data import ImageNetInfo  # takes seconds to load
+
+    known = set(ImageNetInfo("imagenet-1k").label_names())
+    synsets = [name for name in classes if SYNSET.fullmatch(name)]
+    foreign = [name for name in synsets if name not in known]
+    if len(classes) == IMAGENET_CLASSES and not foreign:
+        return []
+    sentence = f"{len(classes)} classes; ImageNet-1k has {IMAGENET_CLASSES}."
+    if synsets and (missing := sorted(known.difference(synsets))):
+        sentence += f" Missing: {some(missing)}."
+    if foreign:
+        sentence += f" Not of ImageNet-1k: {some(foreign)}."
+    return [sentence]
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import raw_layouts as layouts
 from PIL import Image
+from timm.data import ImageNetInfo
 
 from datamodules import archives, imagenet_raw, raw
 from datamodules.imagenet_raw import open_imagenet
@@ -208,6 +209,17 @@ def test_subsets_are_taken_with_a_warning(roots):
     warnings = open_imagenet(roots["synset folders"]).warnings
     assert layouts.has(warnings, "5 classes; ImageNet-1k has 1000")
     assert layouts.has(warnings, "220 pictures; ImageNet-1k's training split has 1,281,167")
+
+
+def test_missing_and_foreign_synsets_are_named(tmp_path):
+    known = sorted(ImageNetInfo("imagenet-1k").label_names())
+    for synset in {*known, "n01000000"} - {"n02105855"}:
+        (tmp_path / synset).mkdir()
+    layouts.write_tree(tmp_path, FEW[:6])
+    (sentence,) = (text for text in open_imagenet(tmp_path).warnings if "classes;" in text)
+    assert sentence == ("1000 classes; ImageNet-1k has 1000. Missing: n02105855. Not of ImageNet-1k: n01000000.")
+    (tmp_path / "n01000000").rmdir()
+    assert layouts.has(open_imagenet(tmp_path).warnings, "999 classes; ImageNet-1k has 1000. Missing: n02105855.")
 
 
 def test_a_complete_set_gives_no_warning(tmp_path, monkeypatch):
