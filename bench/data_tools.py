@@ -14,7 +14,7 @@ from bench.config import RunConfig
 from bench.console import is_main_process, progress, say
 from bench.errors import UserError
 from bench.files import atomic_write
-from bench.prepare import caches_of, finished_caches, prepare_data, records_folder, require_raw
+from bench.prepare import autoencoder_of, caches_of, finished_caches, records_folder, require_raw
 from datamodules.cache import LABELS, card_of, file_sha256, latent_statistics, read_manifest, read_shard, statistics
 from datamodules.crops import decode
 from datamodules.sources import CroppedImages, keep_records, skipped_of, unreadable
@@ -137,22 +137,23 @@ def show(config: RunConfig, out: Path) -> None:
     """
     if out.suffix != ".png":
         raise UserError(f"--out {out}: give a name that ends in .png.")
-    data = prepare_data(config)
+    keep_records(records_folder(config))
     try:
-        images, _ = data.dataset.images(config.data)
+        images, _ = registry.dataset(config.use.data).images(config.data)
+        autoencoder = autoencoder_of(config, images)
         rows = np.linspace(0, len(images) - 1, min(COLUMNS, len(images))).round().astype(int).tolist()
         cropped = torch.cat([images[row : row + 1] for row in rows])  # (n,3,S,S)
     except ValueError as error:
         raise UserError(str(error)) from None
-    mean, _ = data.autoencoder.moments(cropped)  # of z; decode takes latents
-    scale, shift = (torch.tensor(part)[:, None, None] for part in (data.autoencoder.scale, data.autoencoder.shift))
-    lines = [cropped, data.autoencoder.decode((mean - shift) * scale)]
+    mean, _ = autoencoder.moments(cropped)  # of z; decode takes latents
+    scale, shift = (torch.tensor(part)[:, None, None] for part in (autoencoder.scale, autoencoder.shift))
+    lines = [cropped, autoencoder.decode((mean - shift) * scale)]
     if isinstance(images, CroppedImages):
         lines.insert(0, torch.stack([_fitted(images, row) for row in rows]))
     grid = torch.cat([torch.cat(list(line), dim=-1) for line in lines], dim=-2)  # (3, lines S, n S)
     with atomic_write(out, "wb") as file:
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, format="PNG")
-    say(f"{out}: {len(rows)} images; lines: {'raw, ' * (len(lines) - 2)}cropped, decoded by {data.autoencoder.name}")
+    say(f"{out}: {len(rows)} images; lines: {'raw, ' * (len(lines) - 2)}cropped, decoded by {autoencoder.name}")
 
 
 def _fitted(images: CroppedImages, row: int) -> torch.Tensor:

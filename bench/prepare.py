@@ -271,19 +271,14 @@ def _finished(config: RunConfig) -> Data | None:
 
 
 def _prepared(config: RunConfig) -> Data:
-    dataset, settings, folder = registry.dataset(config.use.data), config.data, _folder(config)
+    dataset, settings = registry.dataset(config.use.data), config.data
     images, labels = dataset.images(settings)
     raw = getattr(images, "raw", None)
     if raw is not None:
         say(f"{config.use.data}: {raw.description}")
         for warning in raw.warnings:
             say(f"  {warning}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"paths.cache: the folder {folder} cannot be made: {error.strerror}.") from None
-    weights = "autoencoder" if raw is None else f"autoencoder-{short_digest(dataset.identity(settings))}"
-    autoencoder = _load(config, weights, images)
+    autoencoder = autoencoder_of(config, images)
     asked = request(config)
     meta = CacheMeta(
         data=config.use.data,
@@ -308,10 +303,12 @@ def _prepared(config: RunConfig) -> Data:
         "skipped": list(skipped_of(images)),
         "autoencoder_name": autoencoder.name,
         "autoencoder_sha256": autoencoder.sha256,
-        "autoencoder_folder": weights,
+        "autoencoder_folder": _own_folder(config, images),
         "input_range": [-1, 1],  # of the pixels that the encoder sees
     }
-    path = folder / f"latents-{short_digest(json.dumps([FORMAT, asdict(meta), settings.subset], sort_keys=True))}"
+    path = (
+        _folder(config) / f"latents-{short_digest(json.dumps([FORMAT, asdict(meta), settings.subset], sort_keys=True))}"
+    )
     autoencoder.to(_device(config))
     progress = is_main_process()
     manifest = prepare_cache(
@@ -322,6 +319,27 @@ def _prepared(config: RunConfig) -> Data:
         with suppress(PermissionError), atomic_write(path / MANIFEST) as file:  # it may be there for reading only
             json.dump(manifest | {"root": about["root"]}, file, indent=1)
     return Data(dataset, autoencoder.to("cpu"), path)
+
+
+def autoencoder_of(config: RunConfig, images: ImageSource) -> Autoencoder:
+    """The autoencoder of these images; a small one that is not there yet is trained on them.
+
+    Raises: ValueError if its weights are missing, or the cache folder cannot be made.
+    """
+    folder = _folder(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"paths.cache: the folder {folder} cannot be made: {error.strerror}.") from None
+    return _load(config, _own_folder(config, images), images)
+
+
+def _own_folder(config: RunConfig, images: ImageSource) -> str:
+    """Name in the cache of the small autoencoder that is trained on these images."""
+    dataset, fingerprint = registry.dataset(config.use.data), getattr(images, "fingerprint", None)
+    if fingerprint is None:  # the set brings its images
+        return "autoencoder"
+    return f"autoencoder-{short_digest(dataset.identity_of(config.data, fingerprint))}"
 
 
 def _load(config: RunConfig, own_folder: str, images: ImageSource | None = None) -> Autoencoder:

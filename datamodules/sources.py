@@ -96,8 +96,9 @@ def picture_set(
     def images(settings: DataConfig) -> tuple[CroppedImages, Tensor]:
         pictures, remedy = raw(settings), REMEDY
         if settings.on_error == "skip":
-            remedy = f"It could be when {_record(pictures)} was made: remove that file, and all are looked at again."
-            pictures = _readable(pictures)
+            record = _record(pictures)
+            pictures = _readable(pictures, record)
+            remedy = f"It could be when {record} was made: remove that file, and all are looked at again."
         cropped = _cropped(pictures, settings.crop or crop, settings.resolution or side, remedy)
         return cropped, torch.from_numpy(cropped.raw.labels)
 
@@ -127,15 +128,14 @@ def _opened(reader: Reader, root: str, classes: tuple[str, ...] | None, subset: 
 
 
 @lru_cache(maxsize=4)
-def _readable(pictures: EncodedImages) -> EncodedImages:
+def _readable(pictures: EncodedImages, record: Path) -> EncodedImages:
     """The pictures that can be decoded: the set itself, where all can.
 
     The first process looks, unless the record is there and still holds.
 
     Raises: ReadFailed if the disk does not give a picture; ValueError if the record cannot be written.
     """
-    record, processes = _record(pictures), Processes.here()
-    skipped = _skipped(record)
+    processes, skipped = Processes.here(), _skipped(record)
     if skipped is None or any(_fault(pictures, row) is None for row in skipped):
         try:
             record.parent.mkdir(parents=True, exist_ok=True)

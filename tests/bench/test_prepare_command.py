@@ -482,5 +482,9 @@ def test_show_draws_raw_cropped_and_decoded(world, checked, tmp_path):
     assert grid.shape == (3 * 32, 10 * 32, 3)
     images, _ = registry.dataset("imagenet256").images(config.data)
     np.testing.assert_array_equal(grid[32:64, :32], images[:1][0].permute(1, 2, 0))  # the first crop, second line
+    bare = load_data("imagenet256", settings(world, tmp_path / "bare"))
+    data_tools.show(bare, tmp_path / "bare.png")
+    assert (tmp_path / "bare.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
+    assert not list((tmp_path / "bare").rglob("latents-*"))  # ten pictures need no cache of all
     with pytest.raises(UserError, match=r"ends in \.png"):
         data_tools.show(config, tmp_path / "grid.jpg")
