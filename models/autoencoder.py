@@ -2,7 +2,8 @@
 
 Images are uint8 (B,3,H,W). Latents are float32 (B,C,h,w) with h = H / factor, scaled: latents = (z - shift) * scale,
 where z is what the network itself encodes and decodes. Scale and shift belong to the autoencoder and are applied here
-(decode) and by the latent cache (training), nowhere else. Everything runs in float32, inside autocast too.
+(decode) and by the latent cache (training), nowhere else. Everything runs in full float32, inside autocast too, and on
+the CPU gives the same bits for any number of threads.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.arithmetic import full_float32, one_thread_each
 from models.sd_weights import FILES, in_diffusers_shapes, is_ldm, ldm_name, read_weights
 
 SD_NAMES = ("sd-vae-ft-ema", "sd-vae-ft-mse", "sd-vae")  # fine-tuned decoders, and the original; one encoder
@@ -47,7 +49,7 @@ ENCODER = ("encoder.", "quant_conv.")  # names of the weights that latents depen
 
 TINY_FACTOR = 4
 WEIGHTS, CARD = "autoencoder.safetensors", "autoencoder.json"  # of an autoencoder trained here
-CHUNK = 2**20  # pixels per forward: 16 images at 256
+CHUNK, CPU_CHUNK = 2**20, 2**16  # pixels per forward: 16 images at 256; 1 on the CPU, whose threads take one each
 
 
 @dataclass(frozen=True)
@@ -105,22 +107,25 @@ class Autoencoder(nn.Module):
         weights = self.net.state_dict() if self.net is not None else {}
         return weights_sha256({name: value for name, value in weights.items() if name.startswith(ENCODER)})
 
-    @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 (B,3,H,W) -> posterior mean and log variance of z, (B,C,h,w) each; pixels have variance 0."""
-        parts = [self._posterior(part) for part in self._chunks(images, images.shape[-1])]
+        parts = self._in_chunks(self._posterior, images, images.shape[-1])
         mean, logvar = (torch.cat(part).contiguous() for part in zip(*parts, strict=True))
         return mean, logvar
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B,C,h,w) -> uint8 (B,3,H,W), rounded as DiT does: clamp(127.5 x + 128, 0, 255), truncated."""
-        parts = [self._pixels(part) for part in self._chunks(latents, latents.shape[-1] * self.factor)]
-        return torch.cat(parts).contiguous()
+        return torch.cat(self._in_chunks(self._pixels, latents, latents.shape[-1] * self.factor)).contiguous()
 
-    def _chunks(self, batch: Tensor, side: int) -> Sequence[Tensor]:
-        return batch.split(max(1, CHUNK // side**2))
+    def _in_chunks(self, work: Callable[[Tensor], Any], batch: Tensor, side: int) -> list[Any]:
+        """`work` on parts of a batch, as equal as can be: a small rest would have other bits than its neighbours."""
+        on_cpu = self._scale.device.type == "cpu"
+        chunk = max(1, (CPU_CHUNK if on_cpu else CHUNK) // side**2)
+        parts = batch.tensor_split(max(1, -(-len(batch) // chunk)))
+        with full_float32():
+            return one_thread_each(work, parts) if on_cpu else [work(part) for part in parts]
 
+    @torch.no_grad()
     def _posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         device = self._scale.device
         x = images.to(device, torch.float32) / 127.5 - 1  # (B,3,H,W) in [-1, 1]
@@ -130,6 +135,7 @@ class Autoencoder(nn.Module):
             posterior = self.net.encode(x).latent_dist  # log variance clamped to [-30, 20]
         return posterior.mean, posterior.logvar
 
+    @torch.no_grad()
     def _pixels(self, latents: Tensor) -> Tensor:
         device = self._scale.device
         z = latents.to(device, torch.float32) / self._scale + self._shift

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -27,21 +26,6 @@ def keep_dtype(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
     return moved
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """No TF32 or bfloat16 inside convolutions and products, whatever is set: they move features by 1e-3."""
-    root: Any = torch.backends  # its modules make these attributes at run time
-    backends = (root.cudnn.conv, root.cuda.matmul, root.mkldnn.conv, root.mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 class SampleMetric(Metric):

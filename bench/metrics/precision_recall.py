@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from bench.errors import UserError
-from bench.metrics.base import BLOCK, RowMetric, ShareMetric, full_float32
+from bench.metrics.base import BLOCK, RowMetric, ShareMetric
+from models.arithmetic import full_float32
 
 NEIGHBOURS = 3
 CANDIDATES = 10  # nearest rows by quick distances, among which the ball's radius is sought

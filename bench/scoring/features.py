@@ -28,7 +28,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from bench.console import say
 from bench.errors import UserError
-from bench.metrics.base import full_float32, keep_dtype
+from bench.metrics.base import keep_dtype
 from bench.registry import nearest
 from bench.scoring.weights import (
     PublishedFile,
@@ -38,6 +38,7 @@ from bench.scoring.weights import (
     read_weights,
     resample_positions,
 )
+from models.arithmetic import full_float32
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_CLASSES = 1008

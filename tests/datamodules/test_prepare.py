@@ -8,6 +8,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -322,6 +324,42 @@ def test_the_launcher_says_which_process_this_is(monkeypatch, variables, expecte
         monkeypatch.setenv(name, value)
     here = Processes.here()
     assert (here.rank, here.world_size, here.local_rank) == expected
+
+
+ENCODE_AND_HASH = """
+import sys
+from pathlib import Path
+import torch
+from diffusers import AutoencoderKL
+from datamodules.cache import CacheMeta
+from datamodules.prepare import prepare_cache
+from models.autoencoder import SD_CONFIG, stable_diffusion
+
+assert torch.get_num_threads() == int(sys.argv[2])
+torch.manual_seed(0)
+small = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4}
+coder = stable_diffusion("sd-vae", AutoencoderKL(**SD_CONFIG | small))
+images = torch.randint(256, (40, 3, 64, 64), dtype=torch.uint8)
+meta = CacheMeta("toy", 0, 64, "none", coder.name, "abc", (4, 8, 8), coder.scale, coder.shift)
+manifest = prepare_cache(images, torch.zeros(40).long(), coder.moments, Path(sys.argv[1]), meta, progress=False)
+print(*(shard["sha256"] for shard in manifest["shards"]))
+"""
+
+
+def test_any_number_of_threads_writes_the_same_shards(tmp_path):
+    """Of Stable Diffusion's encoder: its convolutions have other last bits when several threads share one."""
+    hashes = [
+        subprocess.run(
+            [sys.executable, "-c", ENCODE_AND_HASH, str(tmp_path / threads), threads],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"OMP_NUM_THREADS": threads},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for threads in ("1", "2")
+    ]
+    assert hashes[0] == hashes[1] and len(hashes[0]) == 2
 
 
 # --- the disk -------------------------------------------------------------------------------------------------------

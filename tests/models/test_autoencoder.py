@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -88,7 +89,7 @@ def test_moments_and_decode_are_the_library_network_between_the_stated_ranges(tr
 def test_chunks_do_not_change_the_result(trained, monkeypatch):
     images = random_images(5)
     whole = trained.moments(images)
-    monkeypatch.setattr(module, "CHUNK", 2 * 16**2)  # two images at a time
+    monkeypatch.setattr(module, "CPU_CHUNK", 2 * 16**2)  # two images at a time
     for one, other in zip(trained.moments(images), whole, strict=True):
         torch.testing.assert_close(one, other)
     latents = whole[0]
@@ -103,6 +104,41 @@ def test_reduced_precision_does_not_reach_the_autoencoder(trained):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(trained.decode(latents), plain)
         assert trained.moments(random_images(2))[0].dtype == torch.float32
+
+
+def test_reduced_precision_of_the_backends_does_not_either(trained):
+    """TF32 is what CUDA's convolutions do unless they are told otherwise; on the CPU one sees what would be asked."""
+    conv, seen = torch.backends.cudnn.conv, []
+    hooks = [
+        half.register_forward_pre_hook(lambda *_: seen.append(conv.fp32_precision))
+        for half in (trained.net.encoder, trained.net.decoder)
+    ]
+    before, conv.fp32_precision = conv.fp32_precision, "tf32"
+    try:
+        trained.decode(trained.moments(random_images(2))[0])
+        assert (seen, conv.fp32_precision) == (["ieee", "ieee"], "tf32")
+    finally:
+        conv.fp32_precision = before
+        [hook.remove() for hook in hooks]
+
+
+def test_threads_do_not_change_a_bit(small_sd, tmp_path):
+    safetensors.torch.save_file(small_sd, tmp_path / "x.safetensors")
+    coder = load_autoencoder(AutoencoderConfig("sd-vae", str(tmp_path / "x.safetensors")))
+    images = random_images(20, side=64)  # more than one chunk of them
+    latents = torch.randn(20, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append([*coder.moments(images), coder.decode(latents)])
+            assert torch.get_num_threads() == threads
+            with ThreadPoolExecutor(1) as later:  # a new thread begins with as many, too
+                assert later.submit(torch.get_num_threads).result() == threads
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+    assert not any(result.requires_grad for result in results[0])
 
 
 # --- training -------------------------------------------------------------------------------------------------------
