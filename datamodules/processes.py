@@ -10,13 +10,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-# Variables that torchrun, srun and Lightning set: (rank, number of processes, rank on this machine). SLURM's count is
-# that of the step: the batch script itself is one process of a job with many tasks.
-VARIABLES = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-    ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_RANK"),
-)
+# Variables that launchers set: rank, number of processes, rank on this machine. SLURM's count is that of the step: the
+# batch script itself is one process of a job with many tasks.
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+LIGHTNING = ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_RANK")
+INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which Lightning starts the processes itself
+PARENT = os.getppid()  # when this process began
 SILENCE = 1800.0  # seconds without a sign of life of the other processes after which they count as dead
 POLL = 0.2  # seconds between looks
 
@@ -32,10 +32,17 @@ class Processes:
     @classmethod
     def here(cls) -> Processes:
         """As the launcher of this process says; one of one without a launcher."""
-        for rank, count, local in VARIABLES:
-            if rank in os.environ:
-                return cls(int(os.environ[rank]), int(os.environ.get(count, 1)), int(os.environ.get(local, 0)))
-        return cls()
+        if (names := _launcher()) is None:
+            return cls()
+        rank, count, local = (os.environ.get(name) for name in names)
+        return cls(int(rank or 0), int(count or 1), int(local or 0))
+
+
+def _launcher() -> tuple[str, str, str] | None:
+    """The variables of who started this process; None if nobody says so."""
+    by_hand = os.environ.get("SLURM_JOB_NAME") in INTERACTIVE
+    launchers = (TORCHRUN, LIGHTNING) if by_hand else (TORCHRUN, SRUN, LIGHTNING)
+    return next((names for names in launchers if names[0] in os.environ), None)
 
 
 def require_launched(devices: int, nodes: int) -> None:
@@ -43,7 +50,7 @@ def require_launched(devices: int, nodes: int) -> None:
 
     On one machine Lightning starts them itself; it cannot do so on others, nor know which of them it is on.
     """
-    if nodes > 1 and not {"RANK", "SLURM_PROCID"} & set(os.environ):
+    if nodes > 1 and _launcher() not in (TORCHRUN, SRUN):
         raise ValueError(
             f"trainer.num_nodes is {nodes}, but nothing has told this process which of them it is on. Start the "
             "command on every node by torchrun or srun, or as a sweep with --launcher slurm."
@@ -61,12 +68,14 @@ def wait_for(missing: Callable[[], int], folder: Path, task: str, unit: str, *, 
 
     A process shows life by writing or touching `folder`.
 
-    Raises: ValueError if none did for SILENCE seconds.
+    Raises: ValueError if none did for SILENCE seconds, or the first one, which started this one, has ended.
     """
     left = total = missing()
     seen, since = 0, time.monotonic()
     with tqdm(total=total, desc=task, unit=unit, delay=1, leave=False, disable=None if progress else True) as bar:
         while left:
+            if _launcher() == LIGHTNING and Processes.here().rank and os.getppid() != PARENT:
+                raise ValueError("The first process has ended, and this one waited for it. Run the same command again.")
             touched = folder.stat().st_mtime_ns if folder.exists() else 0
             if touched != seen:
                 seen, since = touched, time.monotonic()
