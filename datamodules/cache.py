@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -59,16 +60,16 @@ class CacheMeta:
     @property
     def tensor(self) -> str:
         """Name of what a shard holds beside the labels."""
-        return _stored(self.dtype, self.mirrors, self.latent_shape)[0]
+        return _layout(self.dtype, self.mirrors, self.latent_shape)[0]
 
     @property
     def row_bytes(self) -> int:
         """Of one image in a shard, with its label."""
-        _, shape = _stored(self.dtype, self.mirrors, self.latent_shape)
+        _, shape = _layout(self.dtype, self.mirrors, self.latent_shape)
         return math.prod(shape) * np.dtype(self.dtype).itemsize + 8
 
 
-def _stored(dtype: str, mirrors: bool, latent_shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+def _layout(dtype: str, mirrors: bool, latent_shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
     """Name of a shard's tensor, and its shape for one image: images (3,H,W), or moments (V,2,C,H,W)."""
     return ("images", tuple(latent_shape)) if dtype == PIXELS else ("moments", (1 + mirrors, 2, *latent_shape))
 
@@ -104,7 +105,7 @@ class LatentCache:
         if not (labels.exists() and file_sha256(labels) == manifest["labels_sha256"]):
             raise damaged(labels)
         self.labels = torch.from_numpy(np.load(labels))  # (N,) int64
-        name, shape = _stored(manifest["dtype"], self.mirrors, self.latent_shape)
+        name, shape = _layout(manifest["dtype"], self.mirrors, self.latent_shape)
         self._views, self._shape = (1, shape) if self.pixels else (shape[0], shape[1:])  # of a view
         view_bytes = math.prod(self._shape) * np.dtype(manifest["dtype"]).itemsize
         self._stored: np.ndarray | MappedRows  # views as void of `view_bytes`: those of row 0, of row 1, ...
@@ -205,18 +206,17 @@ def read_shard(path: Path, manifest: Mapping[str, Any], shard: int) -> dict[str,
 
 def begin_of_shard(path: Path, manifest: Mapping[str, Any], shard: int) -> int:
     """Where in its file a shard's moments, or images, begin. Raises: ValueError if it is not as the manifest says."""
-    name, shape = _stored(manifest["dtype"], manifest["mirrors"], manifest["latent_shape"])
+    name, shape = _layout(manifest["dtype"], manifest["mirrors"], manifest["latent_shape"])
     file, size = path / manifest["shards"][shard]["file"], manifest["shards"][shard]["bytes"]
     wanted = [min(manifest["shard_rows"], manifest["count"] - shard * manifest["shard_rows"]), *shape]
     header, start = _header(file)
     try:
-        end = max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
         first, stop = header[name]["data_offsets"]
         right = (header[name]["dtype"], header[name]["shape"]) == (DTYPES[manifest["dtype"]], wanted)
     except (KeyError, TypeError, ValueError):
         raise damaged(file) from None
     length = math.prod(wanted) * np.dtype(manifest["dtype"]).itemsize
-    if not (right and stop - first == length and start + end == size == file.stat().st_size):
+    if not (right and stop - first == length and size == file.stat().st_size):
         raise damaged(file)
     return start + first
 
@@ -224,15 +224,18 @@ def begin_of_shard(path: Path, manifest: Mapping[str, Any], shard: int) -> int:
 def _header(file: Path) -> tuple[dict[str, Any], int]:
     """Of a safetensors file: an 8-byte header length, a JSON header, the data -> the header, where the data begin.
 
-    Raises: ValueError if there is no such file, or none of that format.
+    Raises: ValueError if there is no such file, none of that format, or one that does not end where its data do.
     """
     try:
         with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(min(length, file.stat().st_size)))
-    except (FileNotFoundError, ValueError):
+            header = json.loads(stream.read(min(length, size)))
+        end = max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
+        whole = 8 + length + end == size
+    except (FileNotFoundError, AttributeError, KeyError, TypeError, ValueError):
         raise damaged(file) from None
-    if not isinstance(header, dict):
+    if not whole:
         raise damaged(file)
     return header, 8 + length
 
@@ -243,15 +246,27 @@ def statistics(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     In closed form over the posterior noise: E z = mean, E z^2 = mean^2 + variance.
     """
     if "images" in tensors:
-        mean = tensors["images"].astype(np.float64) / 127.5 - 1
-        variance = np.zeros(1)
-    else:
-        moments = tensors["moments"].reshape(-1, *tensors["moments"].shape[2:]).astype(np.float64)  # (n V,2,C,H,W)
-        mean, variance = moments[:, 0], np.exp(moments[:, 1])
+        return _pixel_statistics(tensors["images"])
+    moments = tensors["moments"].reshape(-1, *tensors["moments"].shape[2:]).astype(np.float64)  # (n V,2,C,H,W)
+    mean, variance = moments[:, 0], np.exp(moments[:, 1])
     return {
         "sum": mean.sum((0, 2, 3)).tolist(),
         "square": (mean**2 + variance).sum((0, 2, 3)).tolist(),
         "count": mean[:, 0].size,
+    }
+
+
+def _pixel_statistics(images: np.ndarray) -> dict[str, Any]:
+    """Of images (n,3,H,W), by how often each byte b occurs: z = (2 b - 255) / 255, so the sums are whole numbers."""
+    counts = np.zeros((images.shape[1], 256), np.int64)
+    for image in images:
+        for channel, plane in enumerate(image):
+            counts[channel] += np.bincount(plane.reshape(-1), minlength=256)
+    odd = 2 * np.arange(256) - 255
+    return {
+        "sum": (counts @ odd / 255).tolist(),
+        "square": (counts @ odd**2 / 255**2).tolist(),
+        "count": int(counts[0].sum()),
     }
 
 

@@ -72,8 +72,8 @@ def prepare_cache(
     """Encode `images` (uint8, (N,3,H,W) by slices) with `labels` (N,) into the cache folder `path` -> manifest.
 
     `encode` is not called in pixel space. `about` goes into the manifest as it is. A finished cache of the same meta is
-    left as it is; of an unfinished one the shards that are there are kept. Every process returns when the manifest is
-    there; progress shows on a terminal only.
+    left as it is; of an unfinished one, or one that lost some, the shards that are there are kept. Every process
+    returns when all and the manifest are there; progress shows on a terminal only.
 
     Raises: ValueError if `path` holds a cache made from something else, images and labels differ in number, the disk is
     or will be full, another process writes the same shard, or one has died.
@@ -85,8 +85,7 @@ def prepare_cache(
     batch_size = batch_size or max(1, min(BATCH, BATCH_PIXELS // meta.resolution**2))
     identity = {**json.loads(json.dumps(asdict(meta))), "count": len(labels), "shard_rows": shard_rows}
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode() + labels.numpy().tobytes()).hexdigest()
-    if (path / MANIFEST).exists():
-        return _same_cache(path, identity, fingerprint)
+    finished = _same_cache(path, identity, fingerprint) if (path / MANIFEST).exists() else None
 
     path.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(labels), shard_rows)
@@ -95,20 +94,22 @@ def prepare_cache(
         for k, start in enumerate(starts)
     }
     missing = {file: rows for file, rows in shards.items() if not _made_by(file, fingerprint)}
+    if finished and not missing:
+        return finished
     _require_space(path, sum(map(len, missing.values())) * meta.row_bytes)
     mine = list(shards)[processes.rank :: processes.world_size]
     _encode_shards(
         images, labels, encode, {file: missing[file] for file in mine if file in missing}, meta, fingerprint,
         batch_size=batch_size, processes=processes, progress=progress,
     )  # fmt: skip
-    if processes.rank:
-        wait_for(lambda: not (path / MANIFEST).exists(), path, "wait", "manifest", progress=False)
-        return _same_cache(path, identity, fingerprint)
     others = {file for file in missing if file not in mine}
     wait_for(
         lambda: sum(not _made_by(file, fingerprint) for file in others), path, "wait for the other processes", "shard",
         progress=progress,
     )  # fmt: skip
+    if processes.rank:
+        wait_for(lambda: not (path / MANIFEST).exists(), path, "wait", "manifest", progress=False)
+        return _same_cache(path, identity, fingerprint)
     return _finish(path, list(shards), labels, meta, {**identity, "fingerprint": fingerprint, **(about or {})})
 
 
@@ -175,7 +176,7 @@ def _encode_shards(
             with claimed(file) as stream:
                 parts = []
                 for _ in batches[file]:
-                    parts.append(_stored(next(pictures), encode, meta))
+                    parts.append(_encoded(next(pictures), encode, meta))
                     show_life(file.parent)
                     bar.update(len(parts[-1]))
                 tensors = {meta.tensor: np.concatenate(parts), "labels": labels[rows.start : rows.stop].long().numpy()}
@@ -185,7 +186,7 @@ def _encode_shards(
                 bar.set_postfix_str(f"{written / 1e9:.2f} GB")
 
 
-def _stored(images: Tensor, encode: Encode, meta: CacheMeta) -> np.ndarray:
+def _encoded(images: Tensor, encode: Encode, meta: CacheMeta) -> np.ndarray:
     """What a shard keeps of images (B,3,H,W): themselves, or moments (B,V,2,C,h,w).
 
     Raises: ValueError if a moment does not fit the type it is kept in.
@@ -240,7 +241,7 @@ def _finish(
 
 
 def _made_by(file: Path, fingerprint: str) -> bool:
-    """Whether a shard is there and belongs to this preparation; shards are renamed into place, so it is complete."""
+    """Whether a shard is there, has the length it says, and belongs to this preparation."""
     try:
         card = card_of(file)
     except ValueError:
@@ -273,7 +274,7 @@ def claimed(file: Path) -> Iterator[IO[bytes]]:
                 temporary.unlink(missing_ok=True)
                 raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ValueError(
                 f"The disk of {file.parent} is full: {file.name} was not written. Make room and run the same command "
                 "again; the files that are there are kept."

@@ -13,6 +13,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from safetensors.numpy import load_file as stored
 
 from datamodules import prepare as preparation
 from datamodules import processes
-from datamodules.cache import FORMAT, CacheMeta, LatentCache, card_of, file_sha256
+from datamodules.cache import FORMAT, CacheMeta, LatentCache, card_of, file_sha256, statistics
 from datamodules.imagenet import ImageNetDataModule
 from datamodules.prepare import claimed, prepare_cache, read_ahead, rows_of_a_shard
 from datamodules.processes import Processes
@@ -125,6 +126,31 @@ def test_shards_left_by_another_preparation_are_not_taken_over(tmp_path):
     encoder = Counting()
     prepare(tmp_path, encoder)
     assert encoder.seen == 10
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("lose", [cut, Path.unlink], ids=["cut", "gone"])
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_shard_that_was_lost_or_cut_is_made_again(tmp_path, finished, lose, world_size):
+    prepare(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cache")
+    lose(tmp_path / "cache" / "moments-00001.safetensors")
+    if not finished:
+        (tmp_path / "cache" / "manifest.json").unlink()
+    counters = [Counting() for _ in range(world_size)]
+    with ThreadPoolExecutor(world_size) as pool:
+        runs = [
+            pool.submit(prepare, tmp_path / "cache", counter, processes=Processes(rank, world_size))
+            for rank, counter in enumerate(counters)
+        ]
+        [run.result(30) for run in runs]
+    assert [counter.seen for counter in counters] == [0] * (world_size - 1) + [4]  # shard 1 is the last process's
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+    LatentCache(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("damage", ["altered", "cut", "gone"])
@@ -247,6 +273,16 @@ def test_the_manifest_has_mean_and_deviation_of_the_scaled_posterior(tmp_path, m
     np.testing.assert_allclose(manifest["latents"]["std"], std * scale, rtol=1e-6)
 
 
+def test_statistics_of_pixels_are_those_of_all_their_values():
+    """Against exact fractions; float64 values of all pixels would be eight times their memory."""
+    card = statistics({"images": IMAGES.numpy()})
+    for channel, values in enumerate(IMAGES.movedim(1, 0).reshape(3, -1).tolist()):
+        scaled = [Fraction(2 * value - 255, 255) for value in values]
+        assert card["sum"][channel] == float(sum(scaled))
+        assert card["square"][channel] == float(sum(z**2 for z in scaled))
+    assert card["count"] == 10 * 4 * 4
+
+
 @pytest.mark.parametrize("value", [float("nan"), 1e6])
 def test_moments_that_do_not_fit_their_type_are_refused(tmp_path, value):
     def broken(images):
@@ -318,7 +354,7 @@ def test_a_file_left_by_a_killed_process_is_written_over(tmp_path):
     ],
 )
 def test_the_launcher_says_which_process_this_is(monkeypatch, variables, expected):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
+    for name in {"SLURM_JOB_NAME", *processes.TORCHRUN, *processes.SRUN, *processes.LIGHTNING}:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -373,10 +409,11 @@ def test_too_little_room_is_said_before_anything_is_encoded(tmp_path, monkeypatc
     assert encoder.seen == 0
 
 
-def test_a_disk_that_fills_up_leaves_whole_shards_only(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_disk_that_fills_up_leaves_whole_shards_only(tmp_path, monkeypatch, code):
     def full(descriptor, sync=os.fsync):
         if len(list(tmp_path.glob("moments-*"))) == 1:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(code, os.strerror(code))
         sync(descriptor)
 
     monkeypatch.setattr(preparation.os, "fsync", full)
