@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +177,20 @@ def test_killed_and_ended_by_another_number_of_processes(world, tmp_path):
     [succeed(process) for process in both]
     prepare("imagenet256", words("whole"))
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("damaged, code", [(5, 2), (35, -signal.SIGKILL)], ids=["of the first", "of the other"])
+def test_one_process_that_fails_ends_the_other(world, tmp_path, damaged, code):
+    """Their shards have 32 pictures. Lightning kills the first process when another fails, within seconds."""
+    pictures = list(PICTURES)
+    pictures[48] = replace(PICTURES[48], content=PICTURES[47].content)
+    pictures[damaged] = replace(PICTURES[damaged], content=b"no picture")
+    layouts.write_split_tree(tmp_path / "imagenet", pictures)
+    words = settings(world, tmp_path / "cache", "imagenet", f"data.root={tmp_path / 'imagenet'}", "data.on_error=stop")
+    process = bench("prepare", "imagenet256", *words, "trainer.devices=2")
+    _, err = process.communicate(timeout=120)  # returns when both have ended: they share the pipe
+    assert process.returncode == code and f"{pictures[damaged].name} cannot be decoded" in err
 
 
 # --- what is in the cache -------------------------------------------------------------------------------------------
