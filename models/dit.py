@@ -164,8 +164,8 @@ class DiTModule(DiffusionModule):
         sampler=SamplerConfig(name="ddpm", steps=250),  # sec. 4, evaluation
         batch_size=256,  # sec. 4
         ema_decay=0.9999,  # sec. 4
-        label_dropout=0.1,
-        cfg_channels="3",  # guidance leaves the fourth latent channel alone: FID 2.27 at cfg_scale 1.5 depends on it
+        label_dropout=0.1,  # class_dropout_prob of the released code
+        cfg_channels="3",  # there too the fourth latent channel goes unguided: FID 2.27 at cfg_scale 1.5 depends on it
     )
 
 

@@ -155,17 +155,18 @@ class UViT(nn.Module):
         return self.final_layer(unpatchify(h, patch_size, self.side, self.side))
 
 
-# L/2 on ImageNet 256 latents: continuous VP-SDE, noise loss, DPM-Solver. Values are those of the released configs.
+# L/2 on ImageNet 256 latents: continuous VP-SDE, noise loss, DPM-Solver. Values are those of the released config.
 PAPER = Recipe(
     process=ProcessConfig(name="vp"),
     optimizer=OptimizerConfig(lr=2e-4, betas=(0.99, 0.99), weight_decay=0.03, warmup_steps=5000),  # decays everything
     sampler=SamplerConfig(name="dpm_solver", steps=50),
     batch_size=1024,
-    ema_decay=0.9999,
-    label_dropout=0.15,
+    ema_decay=0.9999,  # of the released training loop
+    label_dropout=0.15,  # dataset.p_uncond
     cfg_channels="all",
 )
-# The H sizes, and MS-COCO's models, use the betas of Stable Diffusion and DPM-Solver++.
+# The H sizes, and MS-COCO's models, use the betas of Stable Diffusion and DPM-Solver++, and a p_uncond of 0.1: their
+# released configs (ImageNet 256 and 512 huge, MS-COCO) and the sampler that these are run with.
 PAPER_H = replace(
     PAPER,
     process=ProcessConfig(name="sd_discrete"),
@@ -174,8 +175,8 @@ PAPER_H = replace(
 )
 EULER_MARUYAMA = SamplerConfig(name="euler_maruyama", steps=1000)
 
-# Sizes whose published recipe is not L/2's. L/4 is the model of ImageNet 512 latents, with L/2's recipe (the L/4 of
-# ImageNet 64x64 pixels takes M/4's); T/2 takes L/2's as well.
+# Sizes whose published recipe is not L/2's, by the released config of the data set named. L/4 is the model of ImageNet
+# 512 latents, with L/2's recipe (the L/4 of ImageNet 64x64 pixels takes M/4's); T/2 takes L/2's as well.
 RECIPES = {
     "S/2": replace(  # CIFAR-10 pixels, unconditional
         PAPER,

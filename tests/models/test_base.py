@@ -12,7 +12,7 @@ from bench.registry import architecture, names
 from datamodules.base import Batch
 from models.base import BackboneSpec
 from models.layers import Block
-from models.recipe import OptimizerConfig, ProcessConfig, Recipe, SamplerConfig
+from models.recipe import OptimizerConfig, Recipe, SamplerConfig
 
 SPEC = BackboneSpec(in_channels=4, latent_size=4, num_classes=5, learn_sigma=True)
 
@@ -172,9 +172,3 @@ def test_warmup_rises_from_zero_and_then_stays():
         optimizers["optimizer"].step()
         optimizers["lr_scheduler"]["scheduler"].step()
     assert rates == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
-
-
-def test_paper_recipes_are_those_of_their_papers():
-    dit = architecture("dit").module.paper_recipe
-    assert (dit.batch_size, dit.ema_decay, dit.optimizer.lr, dit.optimizer.weight_decay) == (256, 0.9999, 1e-4, 0.0)
-    assert (dit.sampler.name, dit.sampler.steps, dit.cfg_channels, dit.process) == ("ddpm", 250, "3", ProcessConfig())

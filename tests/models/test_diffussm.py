@@ -482,14 +482,6 @@ def test_wrong_configurations_say_what_is_allowed(make, words):
         make()
 
 
-def test_published_recipe_is_dits():
-    recipe = DiffuSSMModule.recipe_for(DiffuSSMConfig())
-    assert (recipe.process.name, recipe.process.betas, recipe.process.learn_sigma) == ("iddpm", "linear", True)
-    assert recipe.optimizer == OptimizerConfig(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0)
-    assert (recipe.sampler.name, recipe.sampler.steps, recipe.batch_size) == ("ddpm", 250, 256)
-    assert (recipe.ema_decay, recipe.label_dropout, recipe.cfg_channels) == (0.9999, 0.1, "all")
-
-
 @pytest.mark.parametrize("duplicate", [False, True])
 def test_ssm_parameters_have_a_group_of_their_own(duplicate):
     recipe = replace(DiffuSSMModule.paper_recipe, optimizer=OptimizerConfig(lr=1e-2, weight_decay=0.03, ssm_lr=1e-3))

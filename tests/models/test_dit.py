@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.base import BackboneSpec
-from models.dit import DiT, DiTConfig, DiTModule
+from models.dit import DiT, DiTConfig
 from models.layers import timestep_features
 from models.samplers import guided
 
@@ -192,10 +192,3 @@ def test_a_set_part_overrides_the_named_size():
 def test_wrong_configurations_say_what_is_allowed(make, words):
     with pytest.raises(ValueError, match=words):
         make()
-
-
-def test_the_paper_recipe_learns_the_variance_and_guides_three_channels():
-    recipe = DiTModule.recipe_for(DiTConfig())
-    assert recipe.process.learn_sigma
-    assert (recipe.cfg_channels, recipe.sampler.name, recipe.sampler.steps) == ("3", "ddpm", 250)
-    assert (recipe.optimizer.lr, recipe.optimizer.weight_decay, recipe.batch_size) == (1e-4, 0.0, 256)

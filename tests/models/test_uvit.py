@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.base import BackboneSpec
 from models.samplers import guided
-from models.uvit import SIZES, UViT, UViTConfig, UViTModule
+from models.uvit import UViT, UViTConfig, UViTModule
 
 GOLDEN = {
     "uvit_cond": (
@@ -234,18 +234,6 @@ def test_a_set_part_overrides_the_named_size():
 def test_wrong_configurations_say_what_is_allowed(make, words):
     with pytest.raises(ValueError, match=words):
         make()
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_the_recipe_follows_the_size(size):
-    recipe = UViTModule.recipe_for(UViTConfig(size=size))
-    latent_h = size.startswith("H") or size == "S/2-Deep"  # Stable Diffusion betas, DPM-Solver++
-    assert recipe.process.name == ("sd_discrete" if latent_h else "vp")
-    pixels = size in ("S/2", "S/4")
-    sampler = ("dpm_solver_pp", 50) if latent_h else ("euler_maruyama", 1000) if pixels else ("dpm_solver", 50)
-    assert (recipe.sampler.name, recipe.sampler.steps) == sampler
-    assert recipe.optimizer.weight_decay == 0.03
-    assert not recipe.process.learn_sigma
 
 
 def test_weight_decay_reaches_every_parameter():
