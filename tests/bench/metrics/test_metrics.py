@@ -64,6 +64,14 @@ def test_inception_score_equals_the_adm_evaluator(name):
         assert found == pytest.approx(expected["value"], rel=2e-6)
 
 
+def test_parts_of_the_inception_score_are_adms_5000_rows_in_order():
+    """The last part may be shorter and weighs the same; a single row scores 1, for it is its own marginal."""
+    given = torch.from_numpy(logits(5001, 10, 3, 22))
+    p = given[:5000].double().softmax(1)
+    first = (p * (p.log() - p.mean(0).log())).sum(1).mean().exp().item()
+    assert feed(InceptionScore(10, 5001), given).value == pytest.approx((first + 1) / 2, rel=1e-12)
+
+
 def test_a_copy_of_a_reference_row_lies_in_its_ball_of_radius_zero():
     rows = torch.from_numpy(activations(30, 64, 3, 1)).repeat_interleave(5, 0)
     assert feed(Precision(rows, squared_radii(rows), 30), rows[::5]).value == 1
@@ -74,6 +82,11 @@ def test_equal_rows_are_at_distance_zero_in_spite_of_rounding():
     distances = squared_distances(rows, rows, squared_norms(rows))
     assert torch.equal(distances.diagonal(), torch.zeros(60).double())
     torch.testing.assert_close(distances, torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square())
+
+
+def test_near_rows_of_large_norms_are_not_taken_for_equal():
+    rows = torch.tensor([[1000.0], [1000.0 + 2.0**-7]]).double()  # all exact; 3e-11 of the squared norms is no rounding
+    assert squared_distances(rows, rows, squared_norms(rows)).tolist() == [[0, 2.0**-14], [2.0**-14, 0]]
 
 
 def test_class_accuracy_takes_the_majority_and_the_nearest_on_a_tie():
@@ -193,6 +206,8 @@ def test_columns_name_every_extractor_but_inception_and_few_samples():
     other = [metrics.column(name, "effnet-lite0", 500) for name in names]
     assert other == [f"{name}[effnet-lite0]" for name in ("fd500", "fd_inf", "sfd500", "kd", "recall")]
     assert metrics.column("fid", "inception", 5000, "bf16") == "fid5k[bf16]"
+    few = [metrics.column("fid", "inception", count) for count in (9_000, 9_999, 10_000)]
+    assert few == ["fid9k", "fid9999", "fid"]  # fewer than 10,000 are few
 
 
 def test_unknown_metric_gets_a_suggestion():
