@@ -226,6 +226,24 @@ def test_a_result_that_differs_is_no_row_and_the_difference_is_named(dit_xl, run
 
 
 @pytest.mark.parametrize(
+    "field, inside, outside",
+    [
+        ("images_seen", (0.9901 * 1.792e9, 1.0099 * 1.792e9), (0.9899 * 1.792e9, 1.0101 * 1.792e9)),  # 7M steps of 256
+        ("params_m", (0.9991 * 674.83472, 1.0009 * 674.83472), (0.9989 * 674.83472, 1.0011 * 674.83472)),
+        ("gflops", (0.9991 * 118.621421, 1.0009 * 118.621421), (0.9989 * 118.621421, 1.0011 * 118.621421)),
+        ("reference_n", (1_281_167, 1_000_000), (999_999, 50_000)),  # ImageNet's training split has 1,281,167
+    ],
+)
+def test_a_result_belongs_within_the_tolerances_that_the_note_states(dit_xl, runs, field, inside, outside):
+    """1 % of the images, 0.1 % of parameters and Gflops; the whole training split."""
+    spec = load_table("dit-imagenet256")
+    for value in (*inside, *outside):
+        changed = {"protocol": dit_xl.protocol | {field: value}} if field == "reference_n" else {field: value}
+        own, _ = find_own(spec, [replace(dit_xl, **changed)], runs)
+        assert len(own) == (value in inside), value
+
+
+@pytest.mark.parametrize(
     "setting, reason",
     [
         ("recipe.optimizer.lr=3e-4", "recipe.optimizer.lr 0.0003, not the usual"),
