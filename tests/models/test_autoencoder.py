@@ -166,6 +166,18 @@ def test_training_reconstructs_images_it_could_not_before():
     assert psnr[0] < 8 and psnr[1] > 16
 
 
+def test_the_kl_term_draws_the_posterior_to_a_standard_normal():
+    """A little at the weight in use, all the way at a large one."""
+    divergence = []
+    for weight in (0.0, TinyConfig().kl_weight, 10.0):
+        config = replace(TINY, steps=50, kl_weight=weight)
+        mean, logvar = train_autoencoder(random_images(12), config, seed=3, progress=False).moments(random_images(12))
+        posterior, prior = torch.distributions.Normal(mean, (0.5 * logvar).exp()), torch.distributions.Normal(0.0, 1.0)
+        divergence.append(torch.distributions.kl_divergence(posterior, prior).mean().item())
+    assert divergence[1] < 0.8 * divergence[0]
+    assert divergence[2] < 1e-3
+
+
 def test_latents_of_the_training_images_have_unit_variance_in_each_channel(trained):
     images = random_images(12)
     mean, logvar = trained.moments(images)

@@ -251,6 +251,15 @@ def test_decoder_probabilities_sum_to_one_and_follow_the_normal_distribution():
     torch.testing.assert_close(probabilities, expected, rtol=0, atol=2e-4)
 
 
+def test_only_latents_beyond_0999_take_the_whole_tail():
+    """The outermost bins of IDDPM's decoder; one level, 2/255, everywhere else."""
+    latents, normal = torch.tensor([-0.9995, -0.9985, -0.991, 0.991, 0.9985, 0.9995]), torch.distributions.Normal(0, 1)
+    above, below = normal.cdf(latents + 1 / 255), normal.cdf(latents - 1 / 255)
+    tails = [above[:1], (above - below)[1:-1], 1 - below[-1:]]
+    probabilities = _decoder_log_likelihood(latents, torch.tensor(0.0), torch.tensor(0.0)).exp()
+    torch.testing.assert_close(probabilities, torch.cat(tails), rtol=0, atol=2e-4)
+
+
 @pytest.mark.parametrize("name", PROCESSES)
 def test_a_sample_has_the_same_loss_in_any_batch(name):
     process = build_process(ProcessConfig(name=name))
