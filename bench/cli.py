@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from bench import signals
-from bench.console import is_main_process, say
+from bench.console import is_main_process, notices_aside, say
 from bench.errors import Paused, SharedError, UserError
 
 FORMATS = ("terminal", "md", "csv", "latex", "html")
@@ -24,7 +24,7 @@ def main() -> None:
     # Overrides may stand anywhere; argparse would refuse positional arguments behind an option.
     overrides = [word for word in sys.argv[1:] if re.match(r"[a-z][\w.]*=", word)]
     args = _parser().parse_args([word for word in sys.argv[1:] if word not in overrides])
-    args.overrides = overrides
+    args.overrides = overrides = [*getattr(args, "overrides", ()), *overrides]  # the first ones are no settings
     try:
         if overrides and (not args.takes_overrides or getattr(args, "action", "") in ("status", "cancel")):
             raise UserError(
@@ -36,10 +36,13 @@ def main() -> None:
             sys.exit()  # Lightning would kill the first process for another code of this one, before it has ended
         print(f"isodiff {args.command}: {error}", file=sys.stderr)
         sys.exit(2)
-    except Paused as pause:
-        say(f"{pause} The same command goes on from there.")
     except BrokenPipeError:  # the reader, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"isodiff {args.command}: {_sentence(error)}", file=sys.stderr)
+        sys.exit(2)
+    except Paused as pause:
+        say(f"{pause} The same command goes on from there.")
     except (KeyboardInterrupt, ImportError) as error:
         if isinstance(error, ImportError) and not signals.asked():  # else a signal broke an import off
             raise
@@ -47,6 +50,13 @@ def main() -> None:
             sys.exit()  # as above
         print(f"\nInterrupted. The same command goes on where it was: {' '.join(['python -m bench', *sys.argv[1:]])}")
         sys.exit(signals.exit_code())
+
+
+def _sentence(error: OSError) -> str:
+    """What the system refused, and of which file."""
+    if error.filename is None or error.strerror is None:
+        return f"{error or type(error).__name__}."
+    return f"{error.filename}: {error.strerror}. Give a path that can be read, or written, by you."
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -129,16 +139,19 @@ def evaluate(args: argparse.Namespace) -> None:
     overrides = [*args.overrides, *([f"eval.reference={args.reference}"] if args.reference else [])]
     if bool(args.samples) == bool(args.run_directories):
         raise UserError("Give run directories, or --samples with images that are finished; one of the two.")
-    if args.samples:
-        from bench.config import load_scoring
-        from bench.scoring.sample_sets import score_sets
+    if args.samples and args.step is not None:
+        raise UserError("--step names a checkpoint of a run; --samples are finished images. Leave it out.")
+    with notices_aside():  # stdout has the table alone, for a file of its format
+        if args.samples:
+            from bench.config import load_scoring
+            from bench.scoring.sample_sets import score_sets
 
-        score_sets([Path(path) for path in args.samples], load_scoring(overrides), args.format)
-    else:
-        from bench.evaluate import evaluate_runs, load_trained
+            score_sets([Path(path) for path in args.samples], load_scoring(overrides), args.format)
+        else:
+            from bench.evaluate import evaluate_runs, load_trained
 
-        configs = [load_trained(path, overrides) for path in args.run_directories]
-        evaluate_runs(configs, step=args.step, fmt=args.format)
+            configs = [load_trained(path, overrides) for path in args.run_directories]
+            evaluate_runs(configs, step=args.step, fmt=args.format)
 
 
 def reference(args: argparse.Namespace) -> None:
@@ -151,7 +164,8 @@ def reference(args: argparse.Namespace) -> None:
 def table(args: argparse.Namespace) -> None:
     from bench.tables.command import print_named
 
-    print_named(args.name, args.format, Path(args.runs), low_confidence=args.low_confidence, wandb=args.wandb)
+    with notices_aside():
+        print_named(args.name, args.format, Path(args.runs), low_confidence=args.low_confidence, wandb=args.wandb)
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -538,7 +552,7 @@ def _stored(sub: argparse.ArgumentParser) -> None:
 
 
 def _overrides(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+    sub.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
     sub.set_defaults(takes_overrides=True)
 
 

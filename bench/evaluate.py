@@ -16,7 +16,7 @@ from torch import Tensor
 from bench import budget as budgets
 from bench import metrics, registry
 from bench.config import RunConfig, load_run
-from bench.console import is_main_process, say
+from bench.console import is_main_process, say, show
 from bench.errors import UserError
 from bench.prepare import Data, finished_caches, prepare_data
 from bench.scoring.passes import FeatureBlocks, measured, run_pass
@@ -77,7 +77,7 @@ class SampledImages(torch.nn.Module):
 
 
 def load_trained(directory: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a run directory; overrides may change how it is scored, not what was trained.
+    """The configuration of a run directory, wherever it lies now; overrides may change how it is scored alone.
 
     Raises: UserError if it is no run directory, or an override would make it another run.
     """
@@ -90,7 +90,11 @@ def load_trained(directory: str | Path, overrides: Sequence[str] = ()) -> RunCon
         raise UserError(
             f"{directory}: {' '.join(overrides)} changes what is trained. Only eval.* may differ; train it first."
         )
-    return config
+    named = path.parent.name not in ("", "..")
+    runs = str(path.parent.parent if named else path.parent.resolve().parent)
+    if config.paths.runs not in (trained.paths.runs, runs):
+        raise UserError(f"{directory} lies in {runs}, and its samples and scores go there. Leave out paths.runs.")
+    return replace(config, paths=replace(config.paths, runs=runs))
 
 
 def sample(config: RunConfig, step: int | None = None) -> SampleFiles:
@@ -109,7 +113,7 @@ def evaluate_runs(configs: Sequence[RunConfig], step: int | None = None, fmt: st
     for config in configs:
         _rows_of(config, plan_training(config).budget.steps if step is None else step)
     results = [evaluate(config, step) for config in configs]
-    say(tables.render(tables.build(results), fmt).rstrip())
+    show(tables.render(tables.build(results), fmt).rstrip())
 
 
 def evaluate(

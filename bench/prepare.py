@@ -22,6 +22,7 @@ import torch
 from bench import registry
 from bench.config import RunConfig, TrainerConfig, load_run
 from bench.console import is_main_process, say
+from bench.device import require_device
 from bench.errors import UserError
 from bench.files import atomic_write, short_digest
 from datamodules.base import DataSet, LatentDataModule
@@ -111,7 +112,8 @@ def prepare(name: str, overrides: Sequence[str]) -> None:
 
 
 def require_processes(machine: TrainerConfig) -> None:
-    """Raises: UserError if the processes that `machine` asks for are not those that were started."""
+    """Raises: UserError if the processes that `machine` asks for are not those that were started, or lack a GPU."""
+    require_device(machine.accelerator)
     try:
         require_launched(machine.devices, machine.num_nodes)
     except ValueError as error:

@@ -111,11 +111,11 @@ def sweep_file(plans: Sequence[RunPlan], given: dict[str, str]) -> dict[str, Any
 
 
 def _given(overrides: Sequence[str]) -> dict[str, str]:
+    if word := next((word for word in overrides if "=" not in word), None):
+        raise UserError(f"'{word}' is not a setting. Write key=value, such as seed=1.")
     given = {key: value for key, _, value in (word.partition("=") for word in overrides)}
-    try:
-        int(given.get("seed", 0))
-    except ValueError:
-        raise UserError(f"seed is '{given['seed']}'; give a whole number, such as seed=1.") from None
+    if not given.get("seed", "0").isdecimal():
+        raise UserError(f"seed is '{given['seed']}'; give a whole number from 0 on, such as seed=1.")
     return given
 
 

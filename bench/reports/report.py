@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from bench import budget as budgets
 from bench.dotted import flatten
+from bench.errors import UserError
 from bench.files import atomic_write
 from bench.reports.curves import levels, loss_curves
 from bench.reports.data import (
@@ -92,7 +93,9 @@ def write_report(path: Path, *, name: str, results: Sequence[Result], runs: Path
 
 
 def write_stored(names: Sequence[str], path: Path, runs: Path) -> None:
-    """The command `report`: the page of stored results. Raises: UserError, as `select`."""
+    """The command `report`: the page of stored results. Raises: UserError, as `select`, or if `path` is no .html."""
+    if path.suffix.lower() != ".html":
+        raise UserError(f"--out {path}: the report is a page; end the name in .html.")
     selection = select(names, runs)
     write_report(path, name=selection.name, results=selection.results, runs=selection.runs)
     print(path)

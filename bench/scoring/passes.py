@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from bench import metrics
 from bench.config import TrainerConfig
 from bench.console import progress, quiet_lightning
-from bench.device import device_name
+from bench.device import device_name, require_device
 from bench.errors import UserError
 from bench.files import atomic_write, short_digest
 from bench.metrics.base import share_states
@@ -157,7 +157,11 @@ def measured(world_size: int, scores: Mapping[str, metrics.Score], machine: Trai
 def run_pass(
     source: Source, scorer: Scorer | None, machine: TrainerConfig, kept: FeatureBlocks
 ) -> tuple[int, dict[str, metrics.Score]]:
-    """One pass over all images of `source` -> (world size, scores by column)."""
+    """One pass over all images of `source` -> (world size, scores by column).
+
+    Raises: UserError if a GPU is asked for where there is none.
+    """
+    require_device(machine.accelerator)
     quiet_lightning()
     scoring = ScoringPass(source, scorer, kept)
     trainer = L.Trainer(

@@ -121,6 +121,8 @@ def prepare_scorer(scored: EvalConfig, paths: PathsConfig, data: DataReference |
     The reference is `scored.reference` where that is given, else `data`: the real images before the autoencoder.
     Raises: UserError for weights or a reference that are missing or do not fit each other.
     """
+    if scored.reference is not None and not Path(scored.reference).exists():  # told before weights are asked for
+        raise UserError(f"There is no reference {scored.reference}. Give an npz or a folder of real images.")
     specs = tuple(metrics.spec(name) for name in scored.metrics)
     extractor = _extractor(scored)
     if scored.reference is not None:

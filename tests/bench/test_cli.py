@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 
 from bench import cli
 
@@ -42,6 +43,16 @@ def test_help_has_examples(monkeypatch, capsys, command):
         (["flops", "dit/B/3"], "'B/3' is not a DiT size"),
         (["flops", "dot"], "Did you mean dit?"),
         (["table", "digits", "--runs", "/nonexistent"], "/nonexistent"),
+        (["train", "digits", "extra"], "'extra' is not an override. Write key=value"),
+        (["train", "digits", "budget.train_gflops", "60"], "'budget.train_gflops' is not an override"),
+        (["train", "digits", "Model.size=S/2"], "Model is not a setting. Did you mean model?"),
+        (["compare", "digits", "extra"], "'extra' is not an override"),
+        (["plan", "dit-table4", "extra"], "'extra' is not a setting. Write key=value"),
+        (["plan", "dit-table4", "seed=-1"], "seed is '-1'"),
+        (["evaluate", "--samples", "a.npz", "--step", "5"], "--step names a checkpoint of a run"),
+        (["report", "digits", "--out", "report.txt"], "end the name in .html"),
+        (["evaluate", "runs/none", "paths.runs=/x"], "not a run directory"),
+        (["import", "/", "--model", "dit", "--size", "S/2", "--steps", "1"], "/ holds no weights that are known"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(monkeypatch, capsys, words, expected):
@@ -58,6 +69,20 @@ def test_times_are_hours_minutes_seconds_behind_days(text, seconds):
 def test_an_unknown_flag_is_refused(monkeypatch, capsys):
     assert run(monkeypatch, "train", "digits", "--dryrun") == 2
     assert "--dryrun" in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_is_a_sentence_with_the_file(monkeypatch, capsys, tmp_path):
+    (tmp_path / "results.jsonl").mkdir()
+    assert run(monkeypatch, "table", "digits", "--runs", str(tmp_path)) == 2
+    assert f"isodiff table: {tmp_path}/results.jsonl: Is a directory. Give a path" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told_before_anything_is_done(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "train", "digits", "trainer.accelerator=gpu") == 2
+    assert "torch sees no GPU here. Give auto" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_dry_run_prints_config_budget_steps_and_time(monkeypatch, capsys):

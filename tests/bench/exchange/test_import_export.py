@@ -275,6 +275,17 @@ def test_an_export_is_new_whole_and_without_paths_of_this_machine(files, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs", "uvit"]
 
 
+def test_a_run_that_was_copied_is_read_where_it_lies(files, tmp_path, capsys):
+    """Not the one of the same id where it was trained."""
+    run = imported(files, tmp_path / "runs", "dit")
+    copy = Path(shutil.copytree(run, tmp_path / "copies" / run.name))
+    shutil.rmtree(run)
+    assert bench("export", copy, "--out", tmp_path / "out") == 0
+    capsys.readouterr()
+    assert bench("export", copy, "--out", tmp_path / "again", f"paths.runs={tmp_path / 'elsewhere'}") == 2
+    assert f"{copy} lies in {copy.parent}" in capsys.readouterr().err
+
+
 def test_an_export_fills_the_empty_folder_one_stands_in(files, tmp_path, monkeypatch):
     run = imported(files, tmp_path / "runs", "dit")
     (tmp_path / "out").mkdir()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import re
+import sys
 from dataclasses import replace
 
 import pytest
 
+from bench import cli
+from bench.console import say
 from bench.errors import UserError
 from bench.store import ResultStore
 from bench.sweeps.sweep import load_sweep
@@ -237,6 +240,20 @@ def test_the_command_prints_a_stored_comparison(tmp_path, comparison, capsys):
         ResultStore(tmp_path / "results.jsonl").append(row)
     print_named("digits", "md", tmp_path)
     assert capsys.readouterr().out == MARKDOWN
+
+
+def test_notices_do_not_stand_in_a_table(monkeypatch, tmp_path, comparison, capsys):
+    """Stdout may be a file of that format."""
+    for row in comparison:
+        ResultStore(tmp_path / "results.jsonl").append(row)
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"cut')
+    monkeypatch.setattr(sys, "argv", ["bench", "table", "digits", "--format", "md", "--runs", str(tmp_path)])
+    cli.main()
+    out, err = capsys.readouterr()
+    assert out == MARKDOWN and "cut off" in err
+    say("back")
+    assert capsys.readouterr().out == "back\n"
 
 
 def test_an_unknown_comparison_is_answered_with_the_nearest_one(tmp_path, make_result):
