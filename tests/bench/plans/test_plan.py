@@ -212,6 +212,9 @@ def test_hours_are_operations_over_peak_and_mfu():
     # Three rows, two of them guided: 5 forwards a step; three decodings and Inception passes.
     seconds = 2 * 50_000 * (250 * 5 * 118.6214e9 + 3 * (311.1e9 + 5.71e9)) / (8 * 312e12 * 0.4)
     assert entry.score_hours == pytest.approx(seconds / 3600, rel=1e-5)
+    (cache,) = plan.caches([entry])  # of every image and its mirror
+    seconds = 2 * 2 * 1_281_167 * 136.4e9 / (8 * 312e12 * 0.4)
+    assert cache.hours == pytest.approx(seconds / 3600, rel=1e-5)
     twice = plans_of("dit-imagenet256", Machine("a100", 16, 0.2))["dit-xl-2"]
     assert twice.train_hours == pytest.approx(entry.train_hours)
 

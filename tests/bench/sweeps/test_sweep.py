@@ -157,11 +157,13 @@ def test_a_gflops_target_takes_the_nearest_named_size(write):
     shared = {"model": {}, "budget": {"images": 80}}
     every = expand(write(**shared, equal="images", sweep={"grid": {"model.size": list(SIZES)}}))
     cost = {run.config["model"]["size"]: run.gflops for run in every.runs}
-    targets = [cost["S/4"] * 1.03, cost["XL/2"] * 2]
+    # The last target is nearer to T/2 by difference.
+    targets = [cost["S/4"] * 1.03, cost["XL/2"] * 2, cost["T/2"] * 2.35]
     nearest = [min(cost, key=lambda size: max(cost[size] / target, target / cost[size])) for target in targets]
     sweep = expand(write(**shared, equal="gflops", sweep={"grid": {"gflops": targets}}))
-    assert [run.config["model"]["size"] for run in sweep.runs] == nearest == ["S/4", "XL/2"]
-    assert [run.gap for run in sweep.runs] == pytest.approx([1 / 1.03 - 1, -0.5])
+    assert [run.config["model"]["size"] for run in sweep.runs] == nearest == ["S/4", "XL/2", "S/8"]
+    assert targets[2] - cost["T/2"] < cost["S/8"] - targets[2]
+    assert [run.gap for run in sweep.runs] == pytest.approx([1 / 1.03 - 1, -0.5, cost["S/8"] / targets[2] - 1])
     assert "size S/4, -2.9% of the target" in describe(sweep)
 
 
