@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +19,18 @@ from bench.config import load_run
 from bench.errors import Paused, UserError
 from bench.gpus import peak_gflops
 from bench.prepare import prepare_data
+from bench.training.buckets import LossByTime, means
 from bench.training.callbacks import moving_average
 from bench.training.compiling import compile_backbone
+from bench.training.dry_run import estimate_seconds
 from bench.training.plan import build_module, plan_training
 from bench.training.run_record import read_state
 from bench.training.train import train
 from datamodules.base import LatentDataModule
+from models.base import DiffusionModule, MicroBatch
 from models.noise import TRAIN, philox
+from models.process import build_process
+from models.recipe import ProcessConfig
 
 QUICK = ["eval.extractor=effnet-lite0", "eval.metrics=[inception_score]"]
 KEYS = ("state_dict", "current_model_state")  # EMA and raw weights
@@ -61,6 +68,29 @@ def test_a_line_is_what_the_first_batch_gives_by_hand(plain):
         else:
             assert f"train/loss_t{k}" not in first
     assert "train/mfu" not in first  # the peak of a CPU is not known
+
+
+def test_a_line_counts_three_forwards_an_image(plain):
+    root, config = plain
+    gflops = plan_training(config).cost.gflops
+    for line in (directory(root) / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["train/gflops_per_s"] == pytest.approx(3 * gflops * row["train/images_per_s"])
+        assert row["train_gflops"] == pytest.approx(3 * gflops * row["images_seen"])
+
+
+@pytest.mark.parametrize(
+    "name, t",
+    [
+        ("iddpm", [0, 249, 250, 499, 500, 749, 750, 999]),
+        ("sd_discrete", [1, 250, 251, 500, 501, 750, 751, 1000]),
+        ("vp", [0.0, 0.2499, 0.25, 0.4999, 0.5, 0.7499, 0.75, 1.0]),
+    ],
+)
+def test_losses_are_told_by_quarter_of_the_timesteps(name, t):
+    by_time = LossByTime(build_process(ProcessConfig(name=name)), torch.device("cpu"))
+    by_time.add(MicroBatch(torch.arange(8), torch.tensor(t), {"loss": torch.arange(8.0)}))
+    assert means(by_time.sums) == {f"train/loss_t{k}": 2 * k + 0.5 for k in range(4)}
 
 
 def test_losses_by_timestep_are_over_all_steps_since_the_line_before(plain, tmp_path):
@@ -196,3 +226,22 @@ def test_the_moving_average_without_warm_up_is_the_plain_one():
     average, weight = [torch.ones(3)], [torch.zeros(3)]
     moving_average(0.9, warmup=False)(average, weight, 5)
     assert average[0].tolist() == pytest.approx([0.9] * 3)
+
+
+def test_training_is_estimated_from_15_gflops_of_it(tmp_path, monkeypatch):
+    """Images enough for 15 Gflops, three forwards each, but no more than a batch; here they always take a second."""
+    clock, timed, inputs = count(), [], DiffusionModule.training_inputs
+
+    def watched(self, batch):
+        timed.append(len(batch.positions))
+        return inputs(self, batch)
+
+    monkeypatch.setattr(DiffusionModule, "training_inputs", watched)
+    monkeypatch.setattr("bench.training.dry_run.time.perf_counter", lambda: float(next(clock)))
+    wide = ["model.size=S/2", "trainer.devices=2", "trainer.num_nodes=3", "budget.images=600000"]
+    for batch_size in (8, 10_000):
+        config = load_run("digits", merged(words(tmp_path, *wide, f"recipe.batch_size={batch_size}"))[2:])
+        run = plan_training(config)
+        assert estimate_seconds(config, run) == pytest.approx(run.budget.images / timed[-1] / (2 * 3))
+    assert timed[0] == 8
+    assert 3 * run.cost.gflops * timed[-1] == pytest.approx(15, rel=0.02)  # whole images
