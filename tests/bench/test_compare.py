@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,21 @@ def test_unequal_budgets_are_refused(tmp_path):
     with pytest.raises(UserError, match="train_gflops"):
         compare(comparison)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "data, cfg_scale, forwards", [("synthetic", 1.0, 1), ("synthetic", 1.5, 2), ("lsun_bedrooms256", 1.5, 1)]
+)
+def test_a_dry_run_takes_one_forward_a_step_and_two_if_guided(tmp_path, monkeypatch, data, cfg_scale, forwards):
+    """Training is three forwards an image; at a minute a forward, 24 samples of 2 steps are scored three times.
+
+    Without labels there is no guidance.
+    """
+    monkeypatch.setattr("bench.compare.estimate_seconds", lambda config, plan: 3 * 60.0 * plan.budget.images)
+    words = [word for word in small(tmp_path) if not word.startswith(("use.data=", "budget."))]
+    words += [f"use.data={data}", f"eval.cfg_scale={cfg_scale}", "budget.train_gflops=1500"]
+    text = describe(load_comparison("digits", words))
+    assert re.findall(r"sampling ([\d.]+) min", text) == 3 * [f"{24 * 2 * forwards * 3:.1f}"]
 
 
 def test_rows_of_one_size_are_told_apart_before_anything_is_trained(tmp_path):
