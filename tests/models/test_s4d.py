@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.diffussm import DiffuSSMConfig
 from models.s4d import DISCRETIZATIONS, INITS, S4D, S4DKernel, ssm_parameters
 
 GOLDEN = {key: torch.from_numpy(value) for key, value in golden("s4d").items()}
@@ -159,6 +160,18 @@ def test_time_steps_are_log_uniform_and_C_is_complex_normal():
     assert log10.mean().item() == pytest.approx(-1, abs=0.03)
     assert module.C.square().sum(-1).mean().item() == pytest.approx(1, abs=0.03)
     assert module.C.mean().item() == pytest.approx(0, abs=0.03)
+
+
+def test_defaults_are_those_of_s4():
+    """64 real states, zero-order hold, everything trained, and time steps from 1e-3 to 1e-1."""
+    torch.manual_seed(0)
+    kernel = S4D(4096).kernel
+    dt = kernel.log_dt.detach().exp()
+    assert 0.999e-3 < dt.min() < 1.01e-3 and 0.99e-1 < dt.max() < 1.001e-1
+    assert (kernel.A_imag.shape[1], kernel.disc, kernel.B.requires_grad) == (64 // 2, "zoh", True)
+    config = DiffuSSMConfig()
+    assert (config.d_state, config.disc, config.trainable_B) == (64, "zoh", True)
+    assert (config.dt_min, config.dt_max) == (1e-3, 1e-1)
 
 
 def test_a_fixed_B_takes_no_gradient():
