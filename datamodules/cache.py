@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,9 +98,8 @@ class LatentCache:
         )  # (C,1,1) each
 
         files = [self.path / shard["file"] for shard in manifest["shards"]]
-        for file, shard in zip(files, manifest["shards"], strict=True):
-            if not (file.exists() and file.stat().st_size == shard["bytes"]):
-                raise damaged(file)
+        for file in lost_shards(self.path, manifest):
+            raise damaged(file)
         labels = self.path / LABELS
         if not (labels.exists() and file_sha256(labels) == manifest["labels_sha256"]):
             raise damaged(labels)
@@ -165,6 +164,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
             "and prepare the data again."
         )
     return manifest
+
+
+def lost_shards(path: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
+    """Shards that are missing or have another size than the manifest says; `prepare_cache` makes them again."""
+    for shard in manifest["shards"]:
+        file = path / shard["file"]
+        if not (file.exists() and file.stat().st_size == shard["bytes"]):
+            yield file
 
 
 def damaged(file: Path) -> ValueError:
