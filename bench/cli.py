@@ -273,7 +273,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         prepare,
         "Encode a data set into its latent cache, once. The same command goes on where it was, with any number of "
-        "processes, and does nothing for a finished cache. `train` and `compare` do the same on their own.",
+        "processes. Of a finished cache it looks at the pictures again, and encodes nothing where they are as they were. "
+        "`train` and `compare` prepare on their own what is not there.",
         """
         python -m bench prepare imagenet256 data.root=/data/imagenet data.autoencoder_path=/models/sd-vae-ft-mse
         python -m bench prepare lsun_bedrooms256 data.root=/data/lsun data.autoencoder_path=/models/sd-vae-ft-mse

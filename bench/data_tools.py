@@ -28,7 +28,7 @@ def check(config: RunConfig) -> None:
     Raises: UserError for what is wrong, or if there is neither.
     """
     dataset = registry.dataset(config.use.data)
-    keep_records(records_folder(config))
+    keep_records(records_folder(config.paths))
     try:
         caches = finished_caches(config)
         faults = [fault for path in caches for fault in check_cache(path)]
@@ -137,7 +137,7 @@ def show(config: RunConfig, out: Path) -> None:
     """
     if out.suffix != ".png":
         raise UserError(f"--out {out}: give a name that ends in .png.")
-    keep_records(records_folder(config))
+    keep_records(records_folder(config.paths))
     try:
         images, _ = registry.dataset(config.use.data).images(config.data)
         autoencoder = autoencoder_of(config, images)

@@ -18,7 +18,7 @@ from bench import metrics, registry
 from bench.config import RunConfig, load_run
 from bench.console import is_main_process, say, show
 from bench.errors import UserError
-from bench.prepare import Data, finished_caches, prepare_data
+from bench.prepare import Data, finished_caches, prepare_data, records_folder
 from bench.scoring.passes import FeatureBlocks, measured, run_pass
 from bench.scoring.samples import SampleFiles, Sampling, describe_sampling
 from bench.scoring.scorer import DataReference, Scorer, describe_scorer, prepare_scorer
@@ -28,6 +28,7 @@ from bench.training.checkpoints import checkpoint_path, load_weights, require_un
 from bench.training.plan import TrainingPlan, build_module, plan_training
 from bench.training.run_record import read_state
 from datamodules.cache import read_manifest
+from datamodules.sources import keep_records
 from models.autoencoder import TINY, Autoencoder, AutoencoderConfig, load_autoencoder
 from models.base import DiffusionModule
 
@@ -235,6 +236,7 @@ def scorer_of(config: RunConfig) -> Scorer:
 
 def _real_images(config: RunConfig) -> DataReference:
     """Those of data.root; where that is not given, those that the run's finished cache was made from."""
+    keep_records(records_folder(config.paths))
     caches = finished_caches(config) if config.data.root is None else []
     if registry.dataset(config.use.data).raw is None or not caches:
         return DataReference.of_dataset(config.use.data, config.data)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bench import registry
-from bench.config import RunConfig, TrainerConfig, load_run
+from bench.config import PathsConfig, RunConfig, TrainerConfig, load_run
 from bench.console import is_main_process, say
 from bench.device import require_device
 from bench.errors import UserError
@@ -127,7 +127,7 @@ def prepare_data(config: RunConfig, *, look: bool = False) -> Data:
     Raises: UserError for what is missing.
     """
     root = config.data.root
-    keep_records(records_folder(config))
+    keep_records(records_folder(config.paths))
     try:
         if look and root is not None and Path(root).expanduser().exists():
             return _prepared(config)
@@ -371,9 +371,9 @@ def _latent_shape(autoencoder: Autoencoder, side: int) -> tuple[int, int, int]:
     return channels, latent_side, latent_side
 
 
-def records_folder(config: RunConfig) -> Path:
+def records_folder(paths: PathsConfig) -> Path:
     """Of lists of unreadable pictures, for all data sets: sizes of one set have the same pictures."""
-    return Path(config.paths.cache) / "raw"
+    return Path(paths.cache) / "raw"
 
 
 def _folder(config: RunConfig) -> Path:

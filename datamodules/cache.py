@@ -158,6 +158,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_text())
     except ValueError:
         raise damaged(file) from None
+    if not isinstance(manifest, dict):
+        raise damaged(file)
     if (written := manifest.get("format", 1)) != FORMAT:
         raise OtherFormat(
             f"The latent cache {path} is in format {written}; this version reads format {FORMAT}. Remove that folder "

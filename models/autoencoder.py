@@ -321,11 +321,14 @@ def _expected(name: str) -> str:
 def _load_tiny(folder: Path) -> Autoencoder:
     if not ((folder / CARD).exists() and (folder / WEIGHTS).exists()):
         raise ValueError(f"No trained autoencoder at {folder}. Expected is {_expected(TINY)}.")
-    card = json.loads((folder / CARD).read_text())
+    try:
+        card, weights = json.loads((folder / CARD).read_text()), safetensors.torch.load_file(folder / WEIGHTS)
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(f"The autoencoder at {folder} is damaged ({error}). Remove it to train it anew.") from None
     if card["training"] != json.loads(json.dumps(asdict(TinyConfig()))):
         raise ValueError(f"The autoencoder at {folder} was trained with other settings. Remove it to train it anew.")
     arguments = _tiny_arguments(TinyConfig(), card["images"]["side"])
-    net = _filled(arguments, safetensors.torch.load_file(folder / WEIGHTS), folder / WEIGHTS)
+    net = _filled(arguments, weights, folder / WEIGHTS)
     sha256, scale, shift = (card.pop(key) for key in ("sha256", "scale", "shift"))
     autoencoder = Autoencoder(TINY, net, TINY_FACTOR, scale, shift, card)
     if autoencoder.sha256 != sha256:

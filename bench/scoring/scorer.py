@@ -20,10 +20,12 @@ from bench.config import EvalConfig, PathsConfig, ScoringConfig
 from bench.console import is_main_process, say
 from bench.errors import UserError
 from bench.files import short_digest
+from bench.prepare import records_folder
 from bench.scoring.features import FeatureExtractor, build_extractor
 from bench.scoring.images import ImageSet, open_images
 from bench.scoring.reference import Reference, build_reference, kept_images
 from datamodules.base import DataConfig
+from datamodules.sources import keep_records
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ def write_reference(given: str, out: Path, config: ScoringConfig) -> None:
     if out.suffix != ".npz":
         raise UserError(f"--out {out}: a reference is an npz; end the name in .npz.")
     if given in registry.names("datamodules"):
+        keep_records(records_folder(config.paths))
         data = DataReference.of_dataset(given, config.data)
     elif Path(given).exists():
         data = DataReference.of_images(open_images(Path(given)))
