@@ -273,7 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         prepare,
         "Encode a data set into its latent cache, once. The same command goes on where it was, with any number of "
-        "processes. Of a finished cache it looks at the pictures again, and encodes nothing where they are as they were. "
+        "processes. Later it looks at the pictures again, and encodes nothing where they are as they were. "
         "`train` and `compare` prepare on their own what is not there.",
         """
         python -m bench prepare imagenet256 data.root=/data/imagenet data.autoencoder_path=/models/sd-vae-ft-mse
