@@ -20,8 +20,8 @@ from bench.console import is_main_process, say, show
 from bench.errors import UserError
 from bench.prepare import Data, finished_caches, prepare_data, records_folder
 from bench.scoring.passes import FeatureBlocks, measured, run_pass
-from bench.scoring.samples import SampleFiles, Sampling, describe_sampling
-from bench.scoring.scorer import DataReference, Scorer, describe_scorer, prepare_scorer
+from bench.scoring.samples import SampleFiles, Sampling, sampling_protocol
+from bench.scoring.scorer import DataReference, Scorer, prepare_scorer, scorer_protocol
 from bench.store import Result, ResultStore
 from bench.tables import comparison as tables
 from bench.training.checkpoints import checkpoint_path, load_weights, require_unchanged
@@ -134,7 +134,7 @@ def evaluate(
     stored = _rows_of(config, step)
     autoencoder = load_decoder(config) if data is None else data.autoencoder
     scorer = scorer or scorer_of(config)
-    protocol = describe_protocol(config, autoencoder, scorer)
+    protocol = run_protocol(config, autoencoder, scorer)
     for result in stored:
         if result.protocol == protocol:  # scored before, perhaps for another comparison
             result = replace(result, comparison=comparison)
@@ -243,14 +243,14 @@ def _real_images(config: RunConfig) -> DataReference:
     return DataReference.of_cache(config.use.data, config.data, read_manifest(caches[0]))
 
 
-def describe_protocol(config: RunConfig, autoencoder: Autoencoder, scorer: Scorer) -> dict[str, Any]:
+def run_protocol(config: RunConfig, autoencoder: Autoencoder, scorer: Scorer) -> dict[str, Any]:
     """Everything that changes a score and is not the trained weights, flat, as stored with each row."""
     return {
-        **describe_sampling(config),
+        **sampling_protocol(config),
         "decoder": autoencoder.name,
         "decoder_sha256": autoencoder.sha256[:16],
         "quantisation": QUANTISATION,
-        **describe_scorer(scorer),
+        **scorer_protocol(scorer),
     }
 
 

@@ -26,7 +26,7 @@ from bench.device import require_device
 from bench.errors import UserError
 from bench.files import atomic_write, short_digest
 from datamodules.base import DataSet, LatentDataModule
-from datamodules.cache import FORMAT, MANIFEST, PIXELS, CacheMeta, OtherFormat, read_manifest
+from datamodules.cache import FORMAT, MANIFEST, PIXELS, CacheMeta, OtherFormat, lost_shards, read_manifest
 from datamodules.prepare import ImageSource, prepare_cache
 from datamodules.processes import Processes, require_launched, wait_for
 from datamodules.raw import some
@@ -260,6 +260,8 @@ def _finished(config: RunConfig) -> Data | None:
     foreign = []
     for path in caches:
         manifest = read_manifest(path)
+        if config.data.root is not None and any(lost_shards(path, manifest)):
+            return None  # what is lost is made again
         autoencoder = _load(config, manifest["autoencoder_folder"])
         if autoencoder.encoder_sha256 == manifest["encoder_sha256"]:
             return Data(dataset, autoencoder, path)

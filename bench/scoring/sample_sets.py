@@ -15,7 +15,7 @@ from bench.files import short_digest
 from bench.scoring.images import ImageSet, open_images
 from bench.scoring.passes import FeatureBlocks, measured, run_pass
 from bench.scoring.reference import extractor_of
-from bench.scoring.scorer import Scorer, describe_scorer, holds_moments, prepare_scorer
+from bench.scoring.scorer import Scorer, holds_moments, prepare_scorer, scorer_protocol
 from bench.store import RowStore, SampleSetScore
 from bench.tables import comparison as tables
 
@@ -54,7 +54,7 @@ def score_sets(paths: Sequence[Path], config: ScoringConfig, fmt: str = "termina
 def _score(path: Path, images: ImageSet, n: int, scorer: Scorer, config: ScoringConfig) -> SampleSetScore:
     sha256 = images.sha256()
     protocol = {"num_samples": n, "images": "as given", "size": "x".join(map(str, images.size[::-1]))}
-    protocol |= describe_scorer(scorer)
+    protocol |= scorer_protocol(scorer)
     store = RowStore(Path(config.paths.runs) / "sample_sets.jsonl", SampleSetScore)
     for stored in store.load(samples=str(path), sha256=sha256):
         if stored.protocol == protocol:

@@ -80,7 +80,7 @@ class Sampling:
         return run / "samples" / f"step-{step:08d}-{short_digest(json.dumps(asdict(self), sort_keys=True))}"
 
 
-def describe_sampling(config: RunConfig) -> dict[str, Any]:
+def sampling_protocol(config: RunConfig) -> dict[str, Any]:
     """The part of a protocol that decides the samples, flat, as stored with each row."""
     s = Sampling.of(config)
     return {

@@ -46,7 +46,7 @@ class Scorer:
                 )
 
 
-def describe_scorer(scorer: Scorer) -> dict[str, Any]:
+def scorer_protocol(scorer: Scorer) -> dict[str, Any]:
     """Everything about extractor, reference and metrics that changes a score, as stored with each row."""
     extractor, reference = scorer.extractor, scorer.reference
     return {

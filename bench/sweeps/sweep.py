@@ -274,11 +274,11 @@ def _sized(expander: _Expander, point: Flat) -> tuple[RunConfig, TrainingPlan, f
 def _asked_protocol(config: RunConfig) -> dict[str, Any]:
     """The part of a row's protocol that the configuration alone decides, as a row is read back."""
     from bench.scoring.features import PRECISIONS
-    from bench.scoring.samples import describe_sampling
+    from bench.scoring.samples import sampling_protocol
 
     scored = config.eval
     extractor = {"precision": PRECISIONS[scored.precision], "extractor": scored.extractor}
-    asked = describe_sampling(config) | extractor | {"metrics": ",".join(scored.metrics)}
+    asked = sampling_protocol(config) | extractor | {"metrics": ",".join(scored.metrics)}
     return json.loads(json.dumps(asked))
 
 

@@ -273,13 +273,17 @@ def test_a_finished_cache_serves_without_the_pictures(world, tmp_path):
     assert data_ends(config).num_classes == 5
 
 
-def test_preparing_again_makes_what_a_cache_lost(world, tmp_path):
+@pytest.mark.parametrize(
+    "again", [prepare, lambda name, words: prepare_data(load_data(name, words))], ids=["prepare", "train"]
+)
+def test_preparing_again_makes_what_a_cache_lost(world, tmp_path, again):
+    """`train` prepares what is not there, too."""
     prepare("imagenet256", settings(world, tmp_path))
     whole = contents(tmp_path)
     gone, cut = (next(tmp_path.glob(f"imagenet256/latents-*/moments-0000{k}.safetensors")) for k in (2, 4))
     gone.unlink()
     os.truncate(cut, cut.stat().st_size - 1)
-    prepare("imagenet256", settings(world, tmp_path))
+    again("imagenet256", settings(world, tmp_path))
     assert contents(tmp_path) == whole
 
 
