@@ -154,21 +154,6 @@ class RunConfig:
         return _plain(trained | {"architecture": self.use.model, "precision": self.trainer.precision})
 
     @property
-    def changed(self) -> dict[str, Any]:
-        """What changes the trained weights and is not said by the names of model, size, data and recipe.
-
-        Dotted key -> value, of `model`, `data` and `recipe`.
-        """
-        layer = {"use": asdict(self.use), "model": {"size": self.model.size}, "budget": {"steps": 1}}
-        named = flatten(build_run([("names", layer)]).trained)
-        own = {key: value for key, value in flatten(self.trained).items() if key.startswith(CHANGEABLE)}
-        return {
-            key: value
-            for key, value in own.items()
-            if value != named[key] and not key.startswith(("recipe.sampler.", "recipe.cfg_channels"))
-        }
-
-    @property
     def run_id(self) -> str:
         """Readable name and a hash of everything that changes the trained weights."""
         digest = short_digest(json.dumps(self.trained, sort_keys=True))
@@ -180,6 +165,21 @@ class RunConfig:
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
+
+
+def changed_settings(config: RunConfig) -> dict[str, Any]:
+    """What changes the trained weights and is not said by the names of model, size, data and recipe.
+
+    Dotted key -> value, of `model`, `data` and `recipe`; against the files under configs/ as they are now.
+    """
+    layer = {"use": asdict(config.use), "model": {"size": config.model.size}, "budget": {"steps": 1}}
+    named = flatten(build_run([("names", layer)]).trained)
+    own = {key: value for key, value in flatten(config.trained).items() if key.startswith(CHANGEABLE)}
+    return {
+        key: value
+        for key, value in own.items()
+        if value != named[key] and not key.startswith(("recipe.sampler.", "recipe.cfg_channels"))
+    }
 
 
 EVAL_MACHINE = ("extractor_weights", "fetch_weights", "compile")  # settings of `eval` that change no score

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench import budget as budgets
 from bench import metrics, registry
-from bench.config import RunConfig, load_run
+from bench.config import RunConfig, changed_settings, load_run
 from bench.console import is_main_process, say, show
 from bench.errors import UserError
 from bench.prepare import Data, finished_caches, prepare_data, records_folder
@@ -152,7 +152,7 @@ def evaluate(
         size=config.model.size,
         data=config.use.data,
         recipe=config.use.recipe,
-        changed=config.changed,
+        changed=changed_settings(config),
         weights="ema" if step else "untrained",
         seed=config.seed,
         steps=step,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench import registry
-from bench.config import PAPER, RunConfig, build_run, parse_overrides, read_yaml
+from bench.config import PAPER, RunConfig, build_run, changed_settings, parse_overrides, read_yaml
 from bench.console import say
 from bench.errors import UserError
 from bench.exchange.fit import require_architecture, require_fit
@@ -80,7 +80,7 @@ def import_run(path: Path, claim: Claim, overrides: list[str]) -> Path:
         directory,
         "finished",
         steps=plan.budget.steps,
-        changed=config.changed,
+        changed=changed_settings(config),
         images_seen=plan.budget.images,
         train_gflops=plan.budget.train_gflops,
         imported=source,

@@ -7,7 +7,7 @@ preempted  interrupted, and the same command goes on                            
 failed     ended by an error                                                    the same, error
 finished   trained to the end of its budget                                     changed, what the training came to
 
-`changed` holds the settings that the names of model, size, data and recipe do not say (`RunConfig.changed`).
+`changed` holds what the names of model, size, data and recipe do not say (`bench.config.changed_settings`).
 """
 
 from __future__ import annotations

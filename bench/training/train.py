@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import signals
-from bench.config import WANDB_PROJECT, RunConfig
+from bench.config import WANDB_PROJECT, RunConfig, changed_settings
 from bench.console import is_main_process, say
 from bench.device import device_name
 from bench.errors import Paused, UserError
@@ -64,12 +64,12 @@ def train(
                 "Give the one it was trained on, or another paths.runs."
             )
         if "changed" not in state:  # by an earlier version
-            write_state(directory, **state | {"changed": config.changed})
+            write_state(directory, **state | {"changed": changed_settings(config)})
         say(f"{config.run_id}: already trained ({plan.budget.steps} steps)")
         return final
     budget = plan.budget
     say(f"{config.run_id}: {budget.steps} steps x {config.recipe.batch_size} images, {budget.train_gflops:.4g} Gflops")
-    with RunRecord(directory).training(budget.steps, config.changed):
+    with RunRecord(directory).training(budget.steps, changed_settings(config)):
         return _fit(config, plan, data, tracker, group, stop_at)
 
 
@@ -136,7 +136,7 @@ def _finish(config: RunConfig, plan: TrainingPlan, data: Data, seconds: float, w
         directory,
         "finished",
         steps=plan.budget.steps,
-        changed=config.changed,
+        changed=changed_settings(config),
         images_seen=plan.budget.images,
         train_gflops=plan.budget.train_gflops,
         latents=data.fingerprint,
