@@ -275,7 +275,21 @@ def load_comparison(name: str, overrides: Sequence[str] = ()) -> Comparison:
     for architecture, row, change in model_rows(path.name, rows, changes):
         layers = [(path.name, shared), (path.name, {"model": row}), ("command line", given)]
         runs.append(build_run([*layers, ("command line", {"use": {"model": architecture}, "model": change})]))
+        require_even_batches(runs[-1])
     return Comparison(path.stem, equal, tuple(runs))
+
+
+def require_even_batches(config: RunConfig) -> None:
+    """Raises: UserError if the processes of a training cannot share its global batch evenly; scoring has no batch."""
+    machine, batch_size = config.trainer, config.recipe.batch_size
+    parts = machine.devices * machine.num_nodes * machine.accumulate
+    if batch_size % parts:
+        near = max(part for part in range(1, min(batch_size, parts) + 1) if batch_size % part == 0)
+        raise UserError(
+            f"recipe.batch_size is {batch_size}, which trainer.devices x trainer.num_nodes x trainer.accumulate = "
+            f"{machine.devices} x {machine.num_nodes} x {machine.accumulate} = {parts} does not divide. Give a "
+            f"multiple of {parts}, or trainer.* whose product is {near}."
+        )
 
 
 def model_rows(file: str, rows: Any, changes: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:

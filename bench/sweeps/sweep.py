@@ -148,7 +148,7 @@ def read_sweep(directory: Path) -> Sweep:
 
 def expand(path: Path, overrides: Sequence[str] = (), inputs: str = "", point: Flat | None = None) -> Sweep:
     """All runs of a sweep file, or the one at `point`. Raises: UserError, as `load_sweep`."""
-    from bench.config import model_rows, parse_overrides, read_yaml  # torch loads here
+    from bench.config import model_rows, parse_overrides, read_yaml, require_even_batches  # torch loads here
 
     shared, given = read_yaml(path), parse_overrides(overrides)
     settings = flatten(shared.pop("sweep", {})) | flatten(given.pop("sweep", {}))
@@ -166,6 +166,7 @@ def expand(path: Path, overrides: Sequence[str] = (), inputs: str = "", point: F
     runs = []
     for point in points:
         config, plan, gap = _sized(expander, point) if TARGET in point else (*expander.planned(point), None)
+        require_even_batches(config)
         runs.append(_planned(config, plan, point, gap))
     _require_distinct(path, runs)
     _require_equal(path, equal, runs)

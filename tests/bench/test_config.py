@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench import registry
-from bench.config import changed_settings, load_comparison, load_run
+from bench.config import changed_settings, load_comparison, load_run, require_even_batches
 from bench.errors import UserError
 from models.uvit import UViTModule
 
@@ -127,6 +127,24 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path):
     path.write_text("budget: {steps: 1, steps: 2}\n")
     with pytest.raises(UserError, match=r"mine\.yaml.*duplicate key"):
         load_run(str(path))
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["trainer.devices=3"], ["recipe.batch_size is 64", "3 x 1 x 1 = 3", "multiple of 3", "product is 2"]),
+        (["trainer.num_nodes=2", "trainer.accumulate=3"], ["1 x 2 x 3 = 6", "product is 4"]),
+        (["trainer.devices=128"], ["128 x 1 x 1", "product is 64"]),
+    ],
+)
+def test_a_batch_that_processes_cannot_share_is_told_before_they_start(overrides, words):
+    with pytest.raises(UserError) as error:
+        load_comparison("digits", overrides)
+    for word in words:
+        assert word in str(error.value)
+    config = load_run("digits", overrides)  # may be scored so
+    with pytest.raises(UserError, match=r"recipe\.batch_size is 64"):
+        require_even_batches(config)
 
 
 @pytest.mark.parametrize("path", sorted(registry.CONFIGS.glob("run/*.yaml")), ids=lambda path: path.stem)

@@ -130,6 +130,7 @@ def test_rows_of_a_comparison_are_runs(write):
         ({"sweep": {"grid": {"seed": [1]}, "list": [{"seed": 2}]}}, [], ["seed twice"]),
         ({"sweep": {"grid": {"seed": [0, 1, 0]}}}, [], ["are the same run"]),
         ({"sweep": {"grid": {"trainer.devices": [1, 2]}}}, [], ["are the same run", "trainer"]),
+        ({"sweep": {"grid": {"seed": [0, 1]}}}, ["trainer.devices=3"], ["recipe.batch_size is 8", "3 x 1 x 1 = 3"]),
         ({"sweep": {"grid": {"paths.runs": ["a", "b"]}}}, [], ["cannot vary paths.runs"]),
         ({"sweep": {"grid": {"seed": [0, 1]}}}, ["seed=3"], ["command line: seed", "varies"]),
         ({"sweep": {"grid": {"seed": [0, 1]}}}, ["equal=steps"], ["equal 'steps'", "train_gflops"]),
