@@ -82,7 +82,7 @@ def checkpoint_steps(steps: int, points: int) -> tuple[int, ...]:
 
     Four points are steps/8, /4, /2, 1, rounded down; fewer where a short run would repeat a step or score step 0.
     """
-    return tuple(sorted({steps // 2**k for k in range(points)} - {0}))
+    return tuple(sorted({steps // 2**k for k in range(min(points, steps.bit_length()))}))
 
 
 def spread(spent: Collection[float]) -> float:

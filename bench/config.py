@@ -23,11 +23,19 @@ from bench.budget import BudgetConfig
 from bench.dotted import flatten
 from bench.errors import UserError
 from bench.files import short_digest
+from bench.metrics import METRICS
 from datamodules.base import MACHINE_FIELDS, DataConfig
 from models.recipe import Recipe, SamplerConfig, require, require_positive, require_size
 
 WANDB_PROJECT = "isodiff"
 CHANGEABLE = ("model.", "data.", "recipe.")  # settings that a name stands for
+# Samples that a metric needs at least, and the extractors of bench/scoring/features.py: told before any training.
+SAMPLES_NEEDED = dict.fromkeys(METRICS, 3) | {
+    **dict.fromkeys(("inception_score", "class_accuracy"), 2),
+    **dict.fromkeys(("recall", "recall_float16"), 5),
+    **dict.fromkeys(("precision", "precision_float16"), 2),
+}
+EXTRACTORS = ("inception", "dinov2", "effnet-lite0", "random")
 PAPER = "paper"  # use.recipe: paper = the recipe the architecture's paper published; it has no YAML file
 
 
@@ -79,6 +87,22 @@ class EvalConfig:
             require_positive(getattr(self, key), f"eval.{key}")
         if self.cfg_scale < 0:
             raise ValueError(f"eval.cfg_scale is {self.cfg_scale}; it must be at least 0, and 1 is unguided.")
+        require(self.extractor, EXTRACTORS, "eval.extractor")
+        if not self.metrics or len(set(self.metrics)) < len(self.metrics):
+            raise ValueError(f"eval.metrics is {self.metrics}; give at least one, and each once, such as [fid].")
+        for name in self.metrics:
+            if name not in METRICS:
+                raise ValueError(f"eval.metrics has {name!r}, which is no metric. {registry.nearest(name, [*METRICS])}")
+        self.require_samples(self.num_samples, "eval.num_samples")
+
+    def require_samples(self, num_samples: int, key: str) -> None:
+        """Raises: ValueError if a metric needs more samples than the setting `key` gives."""
+        for name in self.metrics:
+            if num_samples < SAMPLES_NEEDED[name]:
+                raise ValueError(
+                    f"{key} is {num_samples}, and {name} needs at least {SAMPLES_NEEDED[name]} samples. Raise it, or "
+                    "leave that metric out of eval.metrics."
+                )
 
 
 @dataclass(frozen=True)
@@ -140,6 +164,8 @@ class RunConfig:
             object.__setattr__(self, "tracking", "off")
         require(self.tracking, ("off", "offline", "online"), "tracking")
         require_seed(self.seed, "seed")
+        if self.trainer.score_every:
+            self.eval.require_samples(self.trainer.score_samples, "trainer.score_samples")
         for key, value in flatten(asdict(self)).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{key} is {value}; it must be a finite number.")

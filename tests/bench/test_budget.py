@@ -84,6 +84,7 @@ def test_checkpoints_halve_towards_the_start():
 
 def test_short_runs_score_each_step_once_and_never_step_zero():
     assert checkpoint_steps(3, points=8) == (1, 3)
+    assert checkpoint_steps(3, points=10**12) == (1, 3)
 
 
 def test_spread_is_largest_over_smallest():

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from bench import registry
-from bench.config import changed_settings, load_comparison, load_run, require_even_batches
+from bench.config import EXTRACTORS, SAMPLES_NEEDED, changed_settings, load_comparison, load_run, require_even_batches
 from bench.errors import UserError
+from bench.metrics import METRICS
+from bench.metrics.frechet import Moments
+from bench.scoring import features
+from bench.scoring.reference import Reference
 from models.uvit import UViTModule
 
 
@@ -107,6 +112,16 @@ def test_one_architecture_in_two_sizes(tmp_path):
         (["seed=-1"], ["command line", "seed is -1", "from 0 to 2^32 - 1"]),
         (["eval.seed=4294967296"], ["command line", "eval.seed is 4294967296", "from 0 to 2^32 - 1"]),
         (["seed=1", "seed=2"], ["seed", "2 times"]),
+        (
+            ["eval.num_samples=2", "eval.metrics=[fid]"],
+            ["command line", "eval.num_samples is 2", "fid needs at least 3"],
+        ),
+        (["eval.num_samples=4", "eval.metrics=[recall]"], ["eval.num_samples is 4", "recall needs at least 5"]),
+        (["trainer.score_every=1", "trainer.score_samples=1"], ["trainer.score_samples is 1", "at least"]),
+        (["eval.metrics=[]"], ["command line", "eval.metrics is []", "at least one"]),
+        (["eval.metrics=[fid,fid]"], ["command line", "eval.metrics", "each once"]),
+        (["eval.metrics=[fdi]"], ["command line", "eval.metrics has 'fdi'", "Did you mean fid"]),
+        (["eval.extractor=foo"], ["command line", "eval.extractor 'foo'", "effnet-lite0"]),
         (["sead=1"], ["sead", "Did you mean seed?"]),
     ],
 )
@@ -145,6 +160,21 @@ def test_a_batch_that_processes_cannot_share_is_told_before_they_start(overrides
     config = load_run("digits", overrides)  # may be scored so
     with pytest.raises(UserError, match=r"recipe\.batch_size is 64"):
         require_even_batches(config)
+
+
+def test_extractors_that_settings_name_are_those_that_can_be_built():
+    assert tuple(features._BUILDERS) == EXTRACTORS
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_metrics_refuse_fewer_samples_than_settings_must_give(name):
+    moments = Moments(torch.zeros(1).double(), torch.eye(1).double())  # fid_inf needs more in more dimensions
+    rows, labels = torch.eye(8, 2), torch.arange(8) % 2
+    reference = Reference("r", 8, "random", "0", "none", 4, "0", moments, moments, rows, labels)
+    needed = SAMPLES_NEEDED[name]
+    METRICS[name].build(reference, needed)
+    with pytest.raises(UserError, match="at least"):
+        METRICS[name].build(reference, needed - 1)
 
 
 @pytest.mark.parametrize("path", sorted(registry.CONFIGS.glob("run/*.yaml")), ids=lambda path: path.stem)
