@@ -12,11 +12,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.base import Container
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from bench import registry
 from bench.budget import BudgetConfig
@@ -36,6 +37,8 @@ SAMPLES_NEEDED = dict.fromkeys(METRICS, 3) | {
     **dict.fromkeys(("precision", "precision_float16"), 2),
 }
 EXTRACTORS = ("inception", "dinov2", "effnet-lite0", "random")
+USED = ("model", "data", "recipe", "eval")  # groups that start from a file
+GROUPS = (*USED, "use", "budget", "trainer", "paths")
 PAPER = "paper"  # use.recipe: paper = the recipe the architecture's paper published; it has no YAML file
 
 
@@ -325,11 +328,22 @@ def model_rows(file: str, rows: Any, changes: dict[str, Any]) -> list[tuple[str,
     """
     if not isinstance(rows, dict) or not rows:
         raise UserError(f"{file}: 'models' must list the rows to compare, such as models: {{dit: {{size: S/2}}}}.")
+    example = next(iter(rows))
+    if not isinstance(changes, dict):
+        raise UserError(
+            f"command line: models is {json.dumps(changes)}; change a row by its label, such as "
+            f"models.{example}.size=S/2."
+        )
     for label in changes:
         if label not in rows:
             raise UserError(f"command line: models.{label} is not a row of {file}. {registry.nearest(label, [*rows])}")
     found = []
     for label, row in rows.items():
+        for source, given in ((file, row), ("command line", changes.get(label))):
+            if not isinstance(given, dict | None):
+                raise UserError(
+                    f"{source}: models.{label} is {given!r}; give the row's settings, such as models.{label}.size=S/2."
+                )
         row, change = dict(row or {}), dict(changes.get(label) or {})
         found.append((change.pop("architecture", row.pop("architecture", label)), row, change))
     return found
@@ -391,7 +405,7 @@ def build_run(layers: list[tuple[str, dict[str, Any]]]) -> RunConfig:
         (config.eval.sampler or config.recipe.sampler).require_process(config.recipe.process.name)
         return config
     except ValueError as error:
-        raise UserError(f"{_origin(str(error), [*below, *layers])}: {error}") from None
+        raise UserError(f"{_origin(str(error), [*below, *layers], layers[0][0])}: {error}") from None
 
 
 def model_config(architecture: Any, layers: list[tuple[str, dict[str, Any]]]) -> Any:
@@ -408,42 +422,96 @@ def model_config(architecture: Any, layers: list[tuple[str, dict[str, Any]]]) ->
 
 
 def _merge(node: Any, values: Any, source: str, prefix: str = "") -> Any:
+    _require_form(node, values, source, prefix)
     try:
         return OmegaConf.merge(node, values)
     except OmegaConfBaseException as error:
-        raise UserError(f"{source}: {_explain(error, node, prefix)}") from None
+        raise UserError(f"{source}: {_explain(error, prefix)}") from None
     except (ValueError, TypeError) as error:
         raise UserError(f"{source}: {error}") from None
 
 
-def _explain(error: OmegaConfBaseException, node: Any, prefix: str) -> str:
+def _require_form(node: Any, values: Any, source: str, key: str) -> None:
+    """Raises: UserError for an unknown setting, one value for a group of settings, or a list where there is none."""
+    shown = f"{source}: {key} is {'null' if values is None else repr(values)}"
+    optional = node is not None and node._is_optional()
+    if values is None and optional and key not in GROUPS:
+        return
+    if OmegaConf.is_dict(node):
+        kind = node._metadata.ref_type if node._is_none() else None
+        group = node if kind is None else OmegaConf.structured(kind)  # eval.sampler, which may be null
+        if not isinstance(values, dict):
+            leaves = flatten(OmegaConf.to_container(group))
+            first, value = next((leaf for leaf in leaves.items() if leaf[1] is not None), (next(iter(leaves)), "..."))
+            named = f", or a file by use.{key}={values}" if isinstance(values, str) and key in USED else ""
+            raise UserError(
+                f"{shown}, but it is a group of settings. Give one, such as {key}.{first}={_word(value)}{named}."
+            )
+        for name, value in values.items():
+            path = f"{key}.{name}" if key else str(name)
+            if name not in group:
+                raise UserError(
+                    f"{source}: {path} is not a setting. {registry.nearest(str(name), [str(own) for own in group])}"
+                )
+            _require_form(group._get_node(name), value, source, path)
+        return
+    if node is None or key in ("seed", "tracking"):  # of any type here; their own checks follow
+        return
+    present = None if node._is_none() else node
+    if isinstance(node, Container):  # a list, or a tuple of a fixed length
+        length = None if ... in get_args(node._metadata.ref_type) or OmegaConf.is_list(node) else len(node)
+        elements = values if isinstance(values, (list, tuple)) else [{}]
+        wrong = (str, dict, list) if length else (dict, list)  # the one tuple of a fixed length is of numbers
+        if length not in (None, len(elements)) or any(isinstance(element, wrong) for element in elements):
+            example = [*present] if present and (length or not isinstance(values, (str, int, float))) else [values]
+            kind = f"{length} numbers" if length else "values"
+            raise UserError(f"{shown}; give a list of {kind}, such as {key}={_word(example)}.")
+        return
+    if values is None or isinstance(values, (dict, list)):
+        example = "" if present is None else f", such as {key}={_word(present._value())}"
+        raise UserError(f"{shown}; give one value{example}.")
+
+
+def _word(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_word, value))}]"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _explain(error: OmegaConfBaseException, prefix: str) -> str:
     key = ".".join(part for part in (prefix, error.full_key or "") if part)
-    text = (error.msg or str(error)).splitlines()[0]
-    if "not in" in text:
-        parent = (
-            OmegaConf.select(node, (error.full_key or "").rpartition(".")[0]) if "." in (error.full_key or "") else node
-        )
-        known = [str(name) for name in parent] if OmegaConf.is_dict(parent) else []
-        return f"{key} is not a setting. {registry.nearest(str(error.key), known)}"
+    text = (error.msg or str(error)).splitlines()[0].rstrip(".")
     return f"{key}: {text}." if key else f"{text}."
 
 
 def _object(merged: Any, key: str) -> Any:
-    value = OmegaConf.to_object(merged[key]) if OmegaConf.is_config(merged[key]) else merged[key]
+    try:
+        value = OmegaConf.to_object(merged[key]) if OmegaConf.is_config(merged[key]) else merged[key]
+    except OmegaConfBaseException as error:  # of a ${reference}
+        raise ValueError(
+            f"{error.full_key or key} refers to what is not there ({(error.msg or '').splitlines()[0]}). "
+            "Write the value itself."
+        ) from None
     return str(value) if key == "tracking" else value
 
 
-def _origin(message: str, layers: list[tuple[str, dict[str, Any]]]) -> str:
-    """The last source that sets the key a message starts with ('sampler.name ...'), for the reader to open."""
+def _origin(message: str, layers: list[tuple[str, dict[str, Any]]], named: str = "") -> str:
+    """The last source that sets the key a message starts with ('sampler.name ...'), for the reader to open.
+
+    A budget that nobody sets is missing in the file that the user named.
+    """
     key = message.split(maxsplit=1)[0]
     setting = [source for source, values in layers if any(f".{path}".endswith(f".{key}") for path in flatten(values))]
-    return setting[-1] if setting else layers[-1][0]
+    return setting[-1] if setting else named if named and key == "budget" else layers[-1][0]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings of a file. Raises: UserError if it is no YAML of `key: value` lines."""
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
+        values = OmegaConf.to_container(OmegaConf.load(path), throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{path}: {_missing(error)}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except (OmegaConfBaseException, OSError) as error:
@@ -457,11 +525,29 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for text in overrides:
         if "=" not in text:
             raise UserError(f"'{text}' is not an override. Write key=value, for example model.size=S/2.")
+        key, _, value = text.partition("=")
+        if "" in key.split("."):
+            raise UserError(
+                f"command line: '{key}' is not a setting, as a part of it is empty. Write single dots, such as "
+                "model.size=S/2."
+            )
+        try:
+            OmegaConf.to_container(OmegaConf.from_dotlist([text]), throw_on_missing=True)
+        except MissingMandatoryValue as error:
+            raise UserError(f"command line: {_missing(error)}") from None
+        except (yaml.YAMLError, OmegaConfBaseException):
+            raise UserError(
+                f"command line: {key} is {value}, which cannot be read. Close its brackets and quotes, as in [1, 2]."
+            ) from None
     keys = [text.partition("=")[0] for text in overrides]
     for key in keys:
         if keys.count(key) > 1:
             raise UserError(f"command line: {key} is given {keys.count(key)} times. Give it once.")
     return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))  # type: ignore[return-value]
+
+
+def _missing(error: MissingMandatoryValue) -> str:
+    return f"{error.full_key or error.key} is ???, which is no value. Give one, or leave the setting out."
 
 
 def _plain(value: Any) -> Any:

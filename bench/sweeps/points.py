@@ -15,6 +15,11 @@ from bench.dotted import Flat, flatten
 from bench.errors import UserError
 
 DISTRIBUTIONS = ("uniform", "loguniform", "choice")
+EXAMPLES = {
+    "grid": "sweep.grid.seed=[0,1]",
+    "random": "sweep.random.count=20",
+    "slurm": "sweep.slurm.timeout_min=240",
+}
 TARGET = "gflops"  # of one forward; a key of a sweep that picks model.size
 
 
@@ -24,6 +29,10 @@ def all_points(path: Path, settings: Flat, models: list[Flat]) -> list[Flat]:
     parts: dict[str, Flat] = {"grid": {}, "random": {}, "slurm": {}}
     for key, value in settings.items():
         part, _, rest = key.partition(".")
+        if not key:
+            raise UserError(f"{where} is {value!r}. Give what varies, such as sweep.grid.seed=[0,1].")
+        if key in parts:
+            raise UserError(f"{where}.{key} is {value!r}. Give its settings, such as {EXAMPLES[key]}.")
         if part not in (*parts, "list") or (part == "list") == bool(rest):
             raise UserError(f"{where}.{key} is not a setting. {registry.nearest(part, [*parts, 'list'])}")
         if rest:
@@ -57,7 +66,7 @@ def _draws(where: str, settings: Flat) -> list[Flat]:
     draws: list[Flat] = [{} for _ in range(count)]
     for path, values in settings.items():
         key, _, name = path.rpartition(".")
-        numbers = isinstance(values, list) and values and (name == "choice" or len(values) == 2)
+        numbers = isinstance(values, list) and values and (name == "choice" or _are_ends(values))
         if name not in DISTRIBUTIONS or not key or not numbers:
             raise UserError(
                 f"{where}.random.{path} is {values!r}. Write {key or path}: {{loguniform: [low, high]}}, "
@@ -68,6 +77,10 @@ def _draws(where: str, settings: Flat) -> list[Flat]:
         for i, draw in enumerate(draws):
             draw[key] = _draw(name, values, random.Random(f"{seed} {key} {i}"))
     return draws
+
+
+def _are_ends(values: list[Any]) -> bool:
+    return len(values) == 2 and all(isinstance(value, (int, float)) for value in values)
 
 
 def _draw(name: str, values: list[Any], source: random.Random) -> Any:
@@ -97,7 +110,12 @@ def require_own_keys(path: Path, points: list[Flat], given: dict[str, Any], equa
 
 def read_settings(path: Path) -> Flat:
     """The flat `sweep` of a file, without torch; other parts of the file are not checked."""
-    values = yaml.safe_load(path.read_text())
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected 'key: value' lines, found a {type(values).__name__}.")
     return flatten(values.get("sweep") or {}) | {key: value for key, value in values.items() if key == "models"}
 
 

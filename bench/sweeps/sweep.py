@@ -58,6 +58,18 @@ class Slurm:
     setup: list[str] = field(default_factory=list)  # shell lines before each job, such as "module load cuda"
 
     def __post_init__(self) -> None:
+        for key, least in (("timeout_min", 1), ("max_timeouts", 1), ("cpus_per_task", 1), ("gpus_per_node", 0)):
+            value = getattr(self, key)
+            if value is None and key == "gpus_per_node":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"sweep.slurm.{key} is {value!r}; give a whole number of at least {least}.")
+        if self.mem_gb is not None and (not isinstance(self.mem_gb, (int, float)) or not self.mem_gb > 0):
+            raise UserError(f"sweep.slurm.mem_gb is {self.mem_gb!r}; give a number above 0, or null.")
+        if not isinstance(self.setup, list):
+            raise UserError(
+                f"sweep.slurm.setup is {self.setup!r}; give a list of shell lines, such as [module load x]."
+            )
         # A signal comes 90 s before the limit; the imports alone may take 15 s.
         if self.timeout_min < 5:
             raise UserError(f"sweep.slurm.timeout_min is {self.timeout_min}; a job needs at least 5 minutes.")
@@ -380,6 +392,9 @@ def _inputs(path: Path, overrides: Sequence[str]) -> str:
 def _root(path: Path, overrides: Sequence[str]) -> str:
     """paths.runs, without torch."""
     given = [word.partition("=")[2] for word in overrides if word.startswith("paths.runs=")]
-    values = yaml.safe_load(path.read_text())
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError):
+        values = None  # `expand` says what is wrong
     named = values.get("paths") if isinstance(values, dict) else None
-    return given[0] if given else str((named or {}).get("runs", "runs"))
+    return given[0] if given else str(named.get("runs", "runs") if isinstance(named, dict) else "runs")

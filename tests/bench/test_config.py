@@ -122,6 +122,26 @@ def test_one_architecture_in_two_sizes(tmp_path):
         (["eval.metrics=[fid,fid]"], ["command line", "eval.metrics", "each once"]),
         (["eval.metrics=[fdi]"], ["command line", "eval.metrics has 'fdi'", "Did you mean fid"]),
         (["eval.extractor=foo"], ["command line", "eval.extractor 'foo'", "effnet-lite0"]),
+        (["model.depth=???"], ["command line", "model.depth is ???", "Give one"]),
+        (["model.depth=[1"], ["command line", "model.depth is [1", "brackets"]),
+        (["recipe=null"], ["command line", "recipe is null", "group of settings", "recipe."]),
+        (["budget=null"], ["command line", "budget is null", "budget.train_gflops=2000"]),
+        (["model=3"], ["command line", "model is 3", "model.size=T/2"]),
+        (["recipe=shared"], ["command line", "recipe is 'shared'", "use.recipe=shared"]),
+        (["eval.sampler=ddim"], ["eval.sampler is 'ddim'", "eval.sampler.name=ddpm"]),
+        (["eval.sampler.stps=3"], ["eval.sampler.stps", "Did you mean steps?"]),
+        (["use=foo"], ["use is 'foo'", "use.model="]),
+        (["recipe.optimizer.betas=[0.9]"], ["recipe.optimizer.betas is [0.9]", "2 numbers", "=[0.9,0.99]"]),
+        (["recipe.optimizer.betas=0.9"], ["recipe.optimizer.betas is 0.9", "2 numbers"]),
+        (["recipe.optimizer.betas=[a,b]"], ["recipe.optimizer.betas is ['a', 'b']", "2 numbers"]),
+        (["eval.metrics=fid"], ["eval.metrics is 'fid'", "eval.metrics=[fid]"]),
+        (["eval.metrics=[[1]]"], ["eval.metrics is [[1]]", "list of values"]),
+        (["data.classes=0"], ["data.classes is 0", "data.classes=[0]."]),
+        (["model.size="], ["model.size is null", "model.size=T/2"]),
+        (["model.depth.x=3"], ["model.depth is {'x': 3}", "give one value"]),
+        (["model.depth=${foo}"], ["command line: model.depth refers to", "foo", "the value itself"]),
+        (["model.depth=${foo"], ["command line", "model.depth is ${foo", "cannot be read"]),
+        (["model..depth=3"], ["'model..depth' is not a setting", "single dots"]),
         (["sead=1"], ["sead", "Did you mean seed?"]),
     ],
 )
@@ -134,11 +154,32 @@ def test_a_mistake_is_one_sentence_with_source_key_and_nearest_match(overrides, 
         assert word in message
 
 
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("models=null", ["command line: models is null", "by its label"]),
+        ("models=[1]", ["models is [1]", "by its label"]),
+        ("models.dit=3", ["command line: models.dit is 3", "models.dit.size=S/2"]),
+    ],
+)
+def test_rows_that_are_no_settings_are_refused(override, words):
+    with pytest.raises(UserError) as error:
+        load_comparison("digits", [override])
+    for word in words:
+        assert word in str(error.value)
+
+
 def test_a_mistake_in_a_file_names_the_file(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("use: {recipe: digits}\nmodel: {size: T/2, widht: 4}\nbudget: {steps: 1}\n")
     with pytest.raises(UserError, match=r"mine\.yaml: model\.widht .*Did you mean width"):
         load_run(str(path))
+    path.write_text("model:\n  size: ???\n")
+    with pytest.raises(UserError, match=r"mine\.yaml: model\.size is \?\?\?"):
+        load_run(str(path))
+    path.write_text("")
+    with pytest.raises(UserError, match=r"^mine\.yaml: budget is not set"):
+        load_run(str(path), ["seed=3"])
     path.write_text("budget: {steps: 1, steps: 2}\n")
     with pytest.raises(UserError, match=r"mine\.yaml.*duplicate key"):
         load_run(str(path))

@@ -131,6 +131,12 @@ def test_rows_of_a_comparison_are_runs(write):
         ({"sweep": {"grid": {"seed": [0, 1, 0]}}}, [], ["are the same run"]),
         ({"sweep": {"grid": {"trainer.devices": [1, 2]}}}, [], ["are the same run", "trainer"]),
         ({"sweep": {"grid": {"seed": [0, 1]}}}, ["trainer.devices=3"], ["recipe.batch_size is 8", "3 x 1 x 1 = 3"]),
+        ({"sweep": 3}, [], ["small.yaml: sweep is 3", "sweep.grid.seed=[0,1]"]),
+        ({"sweep": {"grid": 3}}, [], ["sweep.grid is 3", "sweep.grid.seed=[0,1]"]),
+        ({"sweep": {"random": {"recipe.ema_decay": {"uniform": ["a", "b"]}, "count": 1}}}, [], ["uniform is ['a'"]),
+        ({"sweep": {"grid": {"seed": [0]}}}, ["sweep.slurm.timeout_min=x"], ["timeout_min is 'x'", "whole number"]),
+        ({"sweep": {"grid": {"seed": [0]}}}, ["sweep.slurm.mem_gb=x"], ["mem_gb is 'x'", "above 0"]),
+        ({"sweep": {"grid": {"seed": [0]}}}, ["sweep.slurm.setup=foo"], ["setup is 'foo'", "list of shell lines"]),
         ({"sweep": {"grid": {"paths.runs": ["a", "b"]}}}, [], ["cannot vary paths.runs"]),
         ({"sweep": {"grid": {"seed": [0, 1]}}}, ["seed=3"], ["command line: seed", "varies"]),
         ({"sweep": {"grid": {"seed": [0, 1]}}}, ["equal=steps"], ["equal 'steps'", "train_gflops"]),
@@ -145,6 +151,13 @@ def test_bad_sweeps_are_refused_in_one_sentence(write, changes, overrides, words
         expand(write(**changes), overrides)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_sweep_that_is_no_yaml_is_told_with_its_file(write):
+    path = write()
+    path.write_text("sweep: [1\n")
+    with pytest.raises(UserError, match=r"small\.yaml: not valid YAML"):
+        load_sweep(str(path))
 
 
 def test_budgets_may_vary_where_runs_of_one_budget_are_equal(write):
