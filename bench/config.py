@@ -459,7 +459,8 @@ def _require_form(node: Any, values: Any, source: str, key: str) -> None:
         return
     present = None if node._is_none() else node
     if isinstance(node, Container):  # a list, or a tuple of a fixed length
-        length = None if ... in get_args(node._metadata.ref_type) or OmegaConf.is_list(node) else len(node)
+        fixed = not OmegaConf.is_list(node) and ... not in get_args(node._metadata.ref_type)
+        length = len([*node]) if fixed else None
         elements = values if isinstance(values, (list, tuple)) else [{}]
         wrong = (str, dict, list) if length else (dict, list)  # the one tuple of a fixed length is of numbers
         if length not in (None, len(elements)) or any(isinstance(element, wrong) for element in elements):
@@ -468,8 +469,8 @@ def _require_form(node: Any, values: Any, source: str, key: str) -> None:
             raise UserError(f"{shown}; give a list of {kind}, such as {key}={_word(example)}.")
         return
     if values is None or isinstance(values, (dict, list)):
-        example = "" if present is None else f", such as {key}={_word(present._value())}"
-        raise UserError(f"{shown}; give one value{example}.")
+        such = "" if present is None else f", such as {key}={_word(present._value())}"
+        raise UserError(f"{shown}; give one value{such}.")
 
 
 def _word(value: Any) -> str:

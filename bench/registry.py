@@ -46,6 +46,13 @@ def config_file(group: str, name: str) -> Path:
         if path.suffix == ".yaml" and path.is_file():
             return path
     known = [path.stem for path in (CONFIGS / group).glob("*.yaml")]
+    if (Path(name) / "config.yaml").is_file():
+        raise UserError(f"{name} is a run directory. Give its file: {Path(name) / 'config.yaml'}")
+    if Path(name).suffix == ".yaml" or "/" in name:
+        raise UserError(
+            f"There is no file {name}. Give a path to a YAML file, or a name of configs/{group}/. "
+            f"{nearest(Path(name).stem, known)}"
+        )
     raise UserError(f"There is no configs/{group}/{name}.yaml. {nearest(name, known)}")
 
 

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,7 @@ from bench.errors import UserError
 from bench.files import room_for
 from bench.registry import ROOT
 
+MEND = "Delete the line and evaluate its run again: python -m bench evaluate runs/<run_id>"
 RECORDED = ("torch", "lightning", "torchmetrics", "numpy")  # packages whose version can change a score
 
 
@@ -50,13 +52,13 @@ class Row(ABC):
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> Self:
-        """Raises: UserError naming the keys that are missing or unknown."""
+        """Raises: UserError for what is no mapping, or naming the keys that are missing or unknown."""
+        if not isinstance(row, dict):
+            raise UserError(f"it holds a {type(row).__name__}, not the fields of a row. {MEND}")
         known = {field.name for field in fields(cls)}
         if known != set(row):
             missing, unknown = (", ".join(sorted(keys)) or "none" for keys in (known - set(row), set(row) - known))
-            raise UserError(
-                f"missing keys: {missing}; unknown keys: {unknown}. Evaluate that run again without the line."
-            )
+            raise UserError(f"missing keys: {missing}; unknown keys: {unknown}. {MEND}")
         return cls(**row)
 
 
@@ -97,8 +99,12 @@ class Result(Row):
     @property
     def recipe_title(self) -> str:
         """The recipe's name, and what was set otherwise: 'paper with optimizer.lr=0.0003'."""
-        own = {key: value for key, value in sorted(self.changed.items()) if key.startswith("recipe.")}
-        told = ", ".join(f"{key.removeprefix('recipe.')}={json.dumps(value)}" for key, value in own.items())
+        return self.recipe_besides(())
+
+    def recipe_besides(self, keys: Collection[str]) -> str:
+        """`recipe_title` without these settings of the recipe, which are told elsewhere."""
+        own = {key.removeprefix("recipe."): v for key, v in sorted(self.changed.items()) if key.startswith("recipe.")}
+        told = ", ".join(f"{key}={json.dumps(value)}" for key, value in own.items() if key not in keys)
         return f"{self.recipe} with {told}" if told else self.recipe
 
     @property
@@ -147,6 +153,11 @@ class RowStore(Generic[R]):
         Raises: UserError naming file and line of a row that cannot be read. A last line that a crash cut off is left
         out with a warning; the next `append` sets it aside.
         """
+        if self.path.parent.is_file():
+            raise UserError(
+                f"{self.path.parent} is a file. Give the directory that holds {self.path.name}: "
+                f"{self.path.parent.parent}"
+            )
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:
@@ -162,8 +173,10 @@ class RowStore(Generic[R]):
         for number, line in enumerate(content.splitlines(), start=1):
             try:
                 rows.append(self.row.from_dict(json.loads(line)))
-            except (ValueError, TypeError) as error:
+            except UserError as error:
                 raise UserError(f"{self.path}, line {number}: {error}") from None
+            except ValueError as error:
+                raise UserError(f"{self.path}, line {number} is damaged ({error}). {MEND}") from None
         return rows
 
     def _mend(self, file: BinaryIO) -> None:

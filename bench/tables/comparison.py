@@ -91,8 +91,8 @@ def build_sets(results: Sequence[SampleSetScore]) -> TableData:
 
 def _short(paths: Sequence[str]) -> list[str]:
     """Paths without the folders they all share."""
-    if len(paths) == 1:
-        return [Path(paths[0]).name]
+    if len(set(paths)) == 1:
+        return [Path(path).name for path in paths]
     shared = Path(os.path.commonpath([Path(path).absolute() for path in paths]))
     return [str(Path(path).absolute().relative_to(shared)) for path in paths]
 
@@ -136,8 +136,8 @@ def labels(results: Iterable[Result]) -> dict[str, str]:
 
 
 def _trained(row: Result, key: str) -> str:
-    """A field of the row as text; of the recipe also what was set otherwise."""
-    return row.recipe_title if key == "recipe" else str(getattr(row, key))
+    """A field of the row as text; of the recipe also what was set otherwise, but for the batch size, a field itself."""
+    return row.recipe_besides(("batch_size",)) if key == "recipe" else str(getattr(row, key))
 
 
 def _setting(key: str, value: Any) -> str:

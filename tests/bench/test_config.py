@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -201,6 +203,15 @@ def test_a_batch_that_processes_cannot_share_is_told_before_they_start(overrides
     config = load_run("digits", overrides)  # may be scored so
     with pytest.raises(UserError, match=r"recipe\.batch_size is 64"):
         require_even_batches(config)
+
+
+def test_files_that_are_not_there_are_told_as_they_were_given(tmp_path):
+    for name, words in (("/no/such.yaml", "There is no file /no/such.yaml."), ("digits.yaml", "Did you mean digits?")):
+        with pytest.raises(UserError, match=re.escape(words)):
+            load_run(name)
+    (tmp_path / "config.yaml").write_text("budget: {steps: 1}\n")
+    with pytest.raises(UserError, match=re.escape(f"Give its file: {tmp_path / 'config.yaml'}")):
+        load_run(str(tmp_path))
 
 
 def test_extractors_that_settings_name_are_those_that_can_be_built():

@@ -121,12 +121,18 @@ def test_a_row_with_wrong_keys_is_named_by_file_and_line(path, make_result):
         ResultStore(path).load()
 
 
-@pytest.mark.parametrize("line", ["{}", "[]", "7", "{'single': 'quotes'}"])
+@pytest.mark.parametrize("line", ["{}", "[]", "[1, 2]", "7", "{'single': 'quotes'}"])
 def test_a_line_that_is_no_result_is_named_by_file_and_line(path, make_result, line):
     ResultStore(path).append(make_result())
     path.write_text(line + "\n" + path.read_text())
-    with pytest.raises(UserError, match=r"results\.jsonl, line 1: "):
+    with pytest.raises(UserError, match=r"results\.jsonl, line 1.*Delete the line and evaluate its run again"):
         ResultStore(path).load()
+
+
+def test_a_file_in_place_of_the_runs_directory_is_refused(path, make_result):
+    ResultStore(path).append(make_result())
+    with pytest.raises(UserError, match=r"results\.jsonl is a file. Give the directory"):
+        ResultStore(path / "results.jsonl").load()
 
 
 def test_versions_are_those_that_are_imported():

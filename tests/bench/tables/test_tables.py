@@ -190,6 +190,10 @@ def test_runs_of_one_size_are_told_apart(make_result):
         "DiT-T/2 (recipe digits with ema_decay=0.9)",
     ]
     assert list(tables.labels(parts[1:2]).values()) == ["DiT-T/2 (depth 2)"]  # alone, too, it is not the named size
+    sizes = [make_result(run_id="a"), make_result(run_id="b", batch_size=8, changed={"recipe.batch_size": 8})]
+    assert [name.partition("(")[2] for name in tables.labels(sizes).values()] == [
+        f"batch_size {row.batch_size})" for row in sizes
+    ]
     budgets = [make_result(run_id="dit-t-2-aaaa"), make_result(run_id="dit-t-2-bbbb")]
     assert list(tables.labels(budgets).values()) == ["DiT-T/2 aaaa", "DiT-T/2 bbbb"]
 
