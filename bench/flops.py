@@ -23,6 +23,7 @@ from bench.tables.published import PrintedGflops, printed_gflops
 from models.base import BackboneSpec
 
 LATENT_FACTOR = 8  # image side / latent side of the Stable Diffusion autoencoder
+MAX_RESOLUTION = 65_536  # image side; the attention of one image far above it has more elements than 64 bits address
 RESOLUTIONS = (128, 256, 512, 1024)  # image sides of the figure
 PUBLISHED_RESOLUTIONS = (256, 512)  # image sides of the papers' latents
 # Lines of the figure: label, architecture, its settings (DiffuSSM, Fig. 3: patches against the hourglass).
@@ -88,6 +89,8 @@ def published_spec(name: str, config: Any, resolution: int) -> BackboneSpec:
     """ImageNet latents of `resolution` x `resolution` images, with learned variance where the paper has it."""
     if resolution < LATENT_FACTOR or resolution % LATENT_FACTOR:
         raise UserError(f"A resolution of {resolution} has no latents: it must be a multiple of {LATENT_FACTOR}.")
+    if resolution > MAX_RESOLUTION:
+        raise UserError(f"A resolution of {resolution} is not counted; give at most {MAX_RESOLUTION}.")
     learn_sigma = registry.architecture(name).module.recipe_for(config).process.learn_sigma
     return BackboneSpec(latent_size=resolution // LATENT_FACTOR, learn_sigma=learn_sigma)
 
@@ -114,6 +117,9 @@ def rows(models: Sequence[str] = (), resolutions: Sequence[int] = (), overrides:
     if set(settings) - {"model"}:
         raise UserError(f"{' '.join(overrides)}: only model.<setting>=<value> changes the cost of a forward.")
     printed = published()
+    for model in models:
+        if model.startswith("/") or model.endswith("/"):
+            raise UserError(f"'{model}' lacks a name or a size. Give an architecture, such as dit, or dit/XL/2.")
     wanted = [model.partition("/")[::2] for model in models] or list(dict.fromkeys(key[:2] for key in printed))
     result = []
     for name, named_size in wanted:

@@ -66,7 +66,8 @@ def _ours(config: RunConfig, spec: BackboneSpec, tensors: Mapping[str, Tensor], 
         budget=config.budget if step == plan_training(config).budget.steps else BudgetConfig(steps=step),
         paths=PathsConfig(),
     )
-    save_file(dict(tensors), out / EXPORT, {"format": "pt", "run_id": config.run_id, "steps": str(step)})
+    about = json.dumps({"run_id": config.run_id, "steps": step}, sort_keys=True)
+    save_file(dict(tensors), out / EXPORT, {"isodiff": about})  # one entry: safetensors writes several in random order
     (out / CONFIG).write_text(portable.to_yaml())
     return [
         f"{EXPORT}, {CONFIG}; read again by: python -m bench import",

@@ -56,6 +56,18 @@ def open_images(path: Path) -> ImageSet:
     raise UserError(f"{path} {there}. Images are an npz with arr_0 (N, H, W, 3) uint8, or a folder of PNG files.")
 
 
+def not_an_npz(path: Path, error: Exception) -> UserError:
+    """Why `path` cannot be read as an npz, and what to do."""
+    if isinstance(error, PermissionError):
+        return UserError(f"{path} may not be read (permission denied). Allow it, or give a copy of your own.")
+    if "pickle" in str(error) and zipfile.is_zipfile(path):
+        return UserError(f"{path} holds pickled objects, which are never loaded. Save it as plain arrays.")
+    return UserError(
+        f"{path} cannot be read as an npz: it is cut off, or another kind of file. Copy or make it again, as np.savez "
+        "does."
+    )
+
+
 class NpzImages:
     """arr_0 of an npz. Stored plainly (np.savez) it is memory-mapped; compressed, it is unpacked as it is read."""
 
@@ -77,7 +89,7 @@ class NpzImages:
         except (*UNREADABLE, ValueError, OSError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{path} cannot be read as an npz ({error}): cut off, or another kind of file.") from None
+            raise not_an_npz(path, error) from None
         if dtype.hasobject:
             raise UserError(f"{path}: {ARRAY} holds pickled objects, which are never loaded. Save it as uint8 images.")
         if dtype != np.uint8:

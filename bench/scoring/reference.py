@@ -27,7 +27,7 @@ from bench.files import atomic_write
 from bench.metrics.frechet import Moments, MomentSums
 from bench.metrics.precision_recall import squared_radii
 from bench.scoring.features import INCEPTION_CLASSES, INCEPTION_SHA256, FeatureExtractor
-from bench.scoring.images import ImageSet, write_npz
+from bench.scoring.images import ImageSet, not_an_npz, write_npz
 
 MAX_ROWS = 10_000  # feature rows kept for precision, recall and class accuracy: as many as ADM's files hold images
 BATCH = 64
@@ -158,7 +158,7 @@ def _open(path: Path) -> Iterator[Any]:
         with np.load(path, allow_pickle=False) as file:
             yield file
     except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as an npz ({error}): cut off, or another kind of file.") from None
+        raise not_an_npz(path, error) from None
 
 
 _PLAIN = ("name", "n", "extractor", "extractor_sha256", "image_rule", "num_logits", "sha256")

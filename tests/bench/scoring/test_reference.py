@@ -17,7 +17,7 @@ from bench import metrics
 from bench.errors import UserError
 from bench.metrics.precision_recall import squared_radii
 from bench.scoring import reference
-from bench.scoring.images import open_images
+from bench.scoring.images import not_an_npz, open_images
 from bench.scoring.reference import Reference, build_reference, kept_images
 
 PIXELS = torch.from_numpy(images(95, 8, 6, 3, 1)).permute(0, 3, 1, 2)  # (95, 3, 8, 6) uint8
@@ -159,8 +159,12 @@ def test_files_that_are_no_reference_say_so(tmp_path):
     with pytest.raises(UserError, match="cut off, or another kind of file"):
         Reference.load(path)
     np.savez(tmp_path / "pickled.npz", mu=np.array([{}], dtype=object), sigma=np.eye(2))
-    with pytest.raises(UserError, match=r"cannot be read as an npz .*allow_pickle"):
+    with pytest.raises(UserError, match="holds pickled objects, which are never loaded"):
         Reference.load(tmp_path / "pickled.npz")
+    (tmp_path / "text.npz").write_text("mu, sigma\n")
+    with pytest.raises(UserError, match=r"text\.npz cannot be read as an npz: it is cut off"):
+        Reference.load(tmp_path / "text.npz")
+    assert "permission denied" in str(not_an_npz(path, PermissionError(13, "Permission denied")))
     made = toy()
     np.savez(tmp_path / "pool.npz", mu=made.pool.mu.numpy(), sigma=made.pool.sigma.numpy())
     with pytest.raises(UserError, match="holds no spatial moments"):
