@@ -45,7 +45,11 @@ def find(name: str, root: str = "runs") -> Sweep:
     stored = stored_sweeps(Path(name).stem, root)
     if not stored:
         known = sorted({path.parent.name[6:-9] for path in Path(root).glob("sweep-*/sweep.json")})
-        hint = registry.nearest(name, known) if known else f"Start one with: python -m bench sweep {name}"
+        hint = (
+            registry.nearest(Path(name).stem, known)
+            if known and "/" not in name
+            else f"Start one with: python -m bench sweep {name}"
+        )
         raise UserError(f"{root} has no sweep {name}. {hint}")
     return stored[0]
 
