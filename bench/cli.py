@@ -192,7 +192,7 @@ def data(args: argparse.Namespace) -> None:
     DRY_RUN,
 )
 def train(args: argparse.Namespace) -> None:
-    from bench.config import load_run
+    from bench.config import load_run, require_even_batches
     from bench.training.checkpoints import require_unchanged
     from bench.training.dry_run import describe
     from bench.training.train import train
@@ -201,6 +201,7 @@ def train(args: argparse.Namespace) -> None:
         require_unchanged(Path(args.name).parent, load_run(args.name))
     stop_at = None if args.max_time is None else time.monotonic() + _seconds(args.max_time)
     config = load_run(args.name, args.overrides)
+    require_even_batches(config)
     if args.dry_run:
         print(describe(config))
     else:

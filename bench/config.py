@@ -524,7 +524,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for text in overrides:
-        if "=" not in text:
+        if "=" not in text[1:]:
             raise UserError(f"'{text}' is not an override. Write key=value, for example model.size=S/2.")
         key, _, value = text.partition("=")
         if "" in key.split("."):

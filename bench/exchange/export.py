@@ -66,8 +66,8 @@ def _ours(config: RunConfig, spec: BackboneSpec, tensors: Mapping[str, Tensor], 
         budget=config.budget if step == plan_training(config).budget.steps else BudgetConfig(steps=step),
         paths=PathsConfig(),
     )
-    about = json.dumps({"run_id": config.run_id, "steps": step}, sort_keys=True)
-    save_file(dict(tensors), out / EXPORT, {"isodiff": about})  # one entry: safetensors writes several in random order
+    # What it is stands in the configuration; of several entries here, the order would be another each time.
+    save_file(dict(tensors), out / EXPORT, {"format": "pt"})
     (out / CONFIG).write_text(portable.to_yaml())
     return [
         f"{EXPORT}, {CONFIG}; read again by: python -m bench import",
