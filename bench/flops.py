@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 
 from bench import registry
-from bench.config import model_config, parse_overrides
+from bench.config import model_config
 from bench.errors import UserError
+from bench.merging import parse_overrides
 from bench.opcounter import count_ops
 from bench.tables.published import PrintedGflops, printed_gflops
 from models.base import BackboneSpec

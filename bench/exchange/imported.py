@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from bench import registry
-from bench.config import PAPER, RunConfig, build_run, changed_settings, parse_overrides, read_yaml
+from bench.config import PAPER, RunConfig, build_run, changed_settings
 from bench.console import say
 from bench.errors import UserError
 from bench.exchange.fit import require_architecture, require_fit
 from bench.files import atomic_write
+from bench.merging import parse_overrides, read_yaml
 from bench.tables.published import Published, load_published
 from bench.training.checkpoints import checkpoint_path
 from bench.training.plan import plan_training
