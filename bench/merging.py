@@ -86,44 +86,51 @@ def merge(node: Any, values: Any, source: str, prefix: str = "") -> Any:
 
 def _require_form(node: Any, values: Any, source: str, key: str) -> None:
     """Raises: UserError for an unknown setting, one value for a group of settings, or a list where there is none."""
-    shown = f"{source}: {key} is {'null' if values is None else repr(values)}"
-    optional = node is not None and node._is_optional()
-    if values is None and optional and key not in GROUPS:
-        return
-    if OmegaConf.is_dict(node):
-        kind = node._metadata.ref_type if node._is_none() else None
-        group = node if kind is None else OmegaConf.structured(kind)  # eval.sampler, which may be null
-        if not isinstance(values, dict):
-            leaves = flatten(OmegaConf.to_container(group))
-            first, value = next((leaf for leaf in leaves.items() if leaf[1] is not None), (next(iter(leaves)), "..."))
-            named = f", or a file by use.{key}={values}" if isinstance(values, str) and key in USED else ""
-            raise UserError(
-                f"{shown}, but it is a group of settings. Give one, such as {key}.{first}={_word(value)}{named}."
-            )
-        for name, value in values.items():
-            path = f"{key}.{name}" if key else str(name)
-            if name not in group:
-                raise UserError(
-                    f"{source}: {path} is not a setting. {registry.nearest(str(name), [str(own) for own in group])}"
-                )
-            _require_form(group._get_node(name), value, source, path)
-        return
     if node is None or key in ("seed", "tracking"):  # of any type here; their own checks follow
         return
-    present = None if node._is_none() else node
-    if isinstance(node, Container):  # a list, or a tuple of a fixed length
-        fixed = not OmegaConf.is_list(node) and ... not in get_args(node._metadata.ref_type)
-        length = len([*node]) if fixed else None
-        elements = values if isinstance(values, (list, tuple)) else [{}]
-        wrong = (str, dict, list) if length else (dict, list)  # the one tuple of a fixed length is of numbers
-        if length not in (None, len(elements)) or any(isinstance(element, wrong) for element in elements):
-            example = [*present] if present and (length or not isinstance(values, (str, int, float))) else [values]
-            kind = f"{length} numbers" if length else "values"
-            raise UserError(f"{shown}; give a list of {kind}, such as {key}={_word(example)}.")
+    if values is None and node._is_optional() and key not in GROUPS:
         return
-    if values is None or isinstance(values, (dict, list)):
-        such = "" if present is None else f", such as {key}={_word(present._value())}"
+    shown = f"{source}: {key} is {'null' if values is None else repr(values)}"
+    if OmegaConf.is_dict(node):
+        _require_group(node, values, source, key, shown)
+    elif isinstance(node, Container):
+        _require_list(node, values, key, shown)
+    elif values is None or isinstance(values, (dict, list)):
+        such = "" if node._is_none() else f", such as {key}={_word(node._value())}"
         raise UserError(f"{shown}; give one value{such}.")
+
+
+def _require_group(node: Any, values: Any, source: str, key: str, shown: str) -> None:
+    """Settings by name, each of its own form."""
+    group = OmegaConf.structured(node._metadata.ref_type) if node._is_none() else node  # eval.sampler may be null
+    if not isinstance(values, dict):
+        leaves = flatten(OmegaConf.to_container(group))
+        first, value = next((leaf for leaf in leaves.items() if leaf[1] is not None), (next(iter(leaves)), "..."))
+        named = f", or a file by use.{key}={values}" if isinstance(values, str) and key in USED else ""
+        raise UserError(
+            f"{shown}, but it is a group of settings. Give one, such as {key}.{first}={_word(value)}{named}."
+        )
+    for name, value in values.items():
+        path = f"{key}.{name}" if key else str(name)
+        if name not in group:
+            known = [str(own) for own in group]
+            raise UserError(f"{source}: {path} is not a setting. {registry.nearest(str(name), known)}")
+        _require_form(group._get_node(name), value, source, path)
+
+
+def _require_list(node: Any, values: Any, key: str, shown: str) -> None:
+    """A list of values, or as many numbers as a tuple of a fixed length has."""
+    fixed = not OmegaConf.is_list(node) and ... not in get_args(node._metadata.ref_type)
+    length = len([*node]) if fixed else None
+    elements = values if isinstance(values, (list, tuple)) else [{}]
+    wrong = (str, dict, list) if length else (dict, list)
+    if length in (None, len(elements)) and not any(isinstance(element, wrong) for element in elements):
+        return
+    one = isinstance(values, (str, int, float)) and not length  # it may have been meant as the only element
+    example = [values] if one or node._is_none() else [*node]
+    raise UserError(
+        f"{shown}; give a list of {f'{length} numbers' if length else 'values'}, such as {key}={_word(example)}."
+    )
 
 
 def _word(value: Any) -> str:
