@@ -32,7 +32,6 @@ from bench import registry
 from bench.dotted import Flat, flatten, nest
 from bench.errors import UserError
 from bench.files import atomic_write, short_digest
-from bench.merging import parse_overrides, read_yaml
 from bench.sweeps.points import TARGET, all_points, require_own_keys, varied_keys
 
 if TYPE_CHECKING:
@@ -162,6 +161,7 @@ def read_sweep(directory: Path) -> Sweep:
 def expand(path: Path, overrides: Sequence[str] = (), inputs: str = "", point: Flat | None = None) -> Sweep:
     """All runs of a sweep file, or the one at `point`. Raises: UserError, as `load_sweep`."""
     from bench.config import model_rows, require_even_batches  # torch loads here
+    from bench.merging import parse_overrides, read_yaml
 
     shared, given = read_yaml(path), parse_overrides(overrides)
     settings = flatten(shared.pop("sweep", {})) | flatten(given.pop("sweep", {}))
@@ -359,6 +359,8 @@ def one_run(name: str, overrides: Sequence[str]) -> tuple[str, PlannedRun]:
 
     Raises: UserError if that is no run of the sweep.
     """
+    from bench.merging import parse_overrides  # omegaconf loads here, which tables need not wait for
+
     path = registry.config_file("sweep", name)
     given = flatten(parse_overrides(overrides))
     if ONE_RUN in given:
