@@ -8,8 +8,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bench import registry
 from bench.dotted import Flat, flatten
 from bench.errors import UserError
@@ -110,12 +108,9 @@ def require_own_keys(path: Path, points: list[Flat], given: dict[str, Any], equa
 
 def read_settings(path: Path) -> Flat:
     """The flat `sweep` of a file, without torch; other parts of the file are not checked."""
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected 'key: value' lines, found a {type(values).__name__}.")
+    from bench.merging import read_yaml  # omegaconf loads here, which tables need not wait for
+
+    values = read_yaml(path)
     return flatten(values.get("sweep") or {}) | {key: value for key, value in values.items() if key == "models"}
 
 
